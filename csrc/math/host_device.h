@@ -1,0 +1,33 @@
+// Functions of csrc/math serve C++ and CUDA alike. They are never emitted on their own: the CPU
+// kernels are compiled once per instruction set, and a shared inline symbol would let the linker
+// pick one set's code for all of them.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FASTZOO_HD static __host__ __device__ __forceinline__
+#else
+#define FASTZOO_HD static inline __attribute__((always_inline))
+#endif
+
+namespace fastzoo::math {
+
+// The scalar twins of the vector type's functions, so that one formula serves both.
+// Like std::max and std::min: the first argument unless the second is strictly beyond it.
+FASTZOO_HD float maximum(float a, float b) { return a < b ? b : a; }
+FASTZOO_HD double maximum(double a, double b) { return a < b ? b : a; }
+FASTZOO_HD float minimum(float a, float b) { return b < a ? b : a; }
+FASTZOO_HD double minimum(double a, double b) { return b < a ? b : a; }
+
+FASTZOO_HD bool is_nan(float a) { return a != a; }
+FASTZOO_HD bool is_nan(double a) { return a != a; }
+
+// The bits of a value, for ordering and for stepping to its neighbour.
+template <class To, class From>
+FASTZOO_HD To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bits_as needs types of one size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+}  // namespace fastzoo::math

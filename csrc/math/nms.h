@@ -1,0 +1,60 @@
+// Non-maximum suppression: the arithmetic that decides a keep. Built without contraction
+// everywhere, so that every backend takes the same decision to the last bit.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace fastzoo::math {
+
+// V is a scalar or the CPU's vector type.
+template <class V>
+struct Box {
+  V x1, y1, x2, y2, area;
+};
+
+template <class V>
+FASTZOO_HD V box_area(V x1, V y1, V x2, V y2) {
+  return (x2 - x1) * (y2 - y1);
+}
+
+// Intersection over union. 0/0 and NaN give NaN, which exceeds no threshold.
+template <class V>
+FASTZOO_HD V box_iou(const Box<V>& a, const Box<V>& b) {
+  const V zero = V(0);
+  const V w = maximum(zero, minimum(a.x2, b.x2) - maximum(a.x1, b.x1));
+  const V h = maximum(zero, minimum(a.y2, b.y2) - maximum(a.y1, b.y1));
+  const V inter = w * h;
+  return inter / (a.area + b.area - inter);
+}
+
+// The largest T not above `threshold`: for an overlap of type T, overlap > threshold in double
+// holds exactly when overlap > round_down<T>(threshold) holds in T.
+template <class T>
+FASTZOO_HD T round_down(double threshold) {
+  const T nearest = static_cast<T>(threshold);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (static_cast<double>(nearest) > threshold) {
+      const uint32_t bits = bits_as<uint32_t>(nearest);
+      if (nearest == 0) return bits_as<T>(0x80000001u);
+      return bits_as<T>(nearest > 0 ? bits - 1 : bits + 1);
+    }
+  }
+  return nearest;
+}
+
+// Unsigned keys that ascend as scores fall. -0 equals +0; every NaN shares the last key.
+FASTZOO_HD uint32_t falling_key(float score) {
+  if (is_nan(score)) return 0xffffffffu;
+  const uint32_t bits = bits_as<uint32_t>(score + 0.0f);
+  return (bits >> 31) ? bits : 0x7fffffffu - bits;
+}
+
+FASTZOO_HD uint64_t falling_key(double score) {
+  if (is_nan(score)) return 0xffffffffffffffffull;
+  const uint64_t bits = bits_as<uint64_t>(score + 0.0);
+  return (bits >> 63) ? bits : 0x7fffffffffffffffull - bits;
+}
+
+}  // namespace fastzoo::math

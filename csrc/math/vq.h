@@ -1,0 +1,57 @@
+// Nearest-codebook lookup: the exact score that defines the answer, and the bound that lets a
+// fast pass prove it. The answer is the lowest index whose score is highest, where the score is
+// computed in double, summed over the dimensions in ascending order:
+//   l2      -sum (x - c)^2
+//   dot      sum x c
+//   cosine   sum x c / max(|c|, 1e-12)
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace fastzoo::math {
+
+enum class Metric : int { l2 = 0, cosine = 1, dot = 2 };
+
+constexpr double kNormFloor = 1e-12;
+
+// The term that dimension adds to the exact score's sum (for l2 the sum is negated at the end).
+FASTZOO_HD double score_term(Metric metric, double x, double c) {
+  if (metric == Metric::l2) {
+    const double difference = x - c;
+    return difference * difference;
+  }
+  return x * c;
+}
+
+// NaN ranks below everything, -inf included.
+FASTZOO_HD bool better(double a, double b) { return a > b || (is_nan(b) && !is_nan(a)); }
+
+// The fast pass scores a code by  x'.c' - |c'|^2/2  (l2; x' and c' are centred),  x.c  (dot)  or
+// x.(c/|c|)  (cosine), in arithmetic of unit round-off `unit` (2^-24 for float, 2^-53 for double)
+// and in any order of summation, with or without fused multiply-add. This bounds how far such a
+// score lies from the exact one (l2: from half of it, up to a constant of the row):
+//   a = |x'|, b = max |c'| as the fast pass sees them, n = D.
+//   l2:     gamma(n+1) (b^2/2 + ab)  for the sum,  unit (a+b)^2 (1 + ..)  for rounding x', c',
+//           and (n+2) 2^-53 (a+b)^2 / 2 for the definition's own rounding;
+//   others: gamma(n+1) ab + unit ab for rounding c/|c|, and (n+3) 2^-53 ab for the definition.
+// All are below the expression used, for n <= 65536; beyond that nothing is proven and every code
+// is a candidate. The last term covers results that underflow, flushed to zero or not.
+// a and b come from norm_above(): a norm taken in double, never too small.
+// A code whose fast score s satisfies s < best - 2 bound cannot be the answer; written as
+// "not less", the test keeps every code when anything is NaN or infinite.
+FASTZOO_HD double norm_above(double sum_of_squares, int64_t n) {
+  return __builtin_sqrt(sum_of_squares + static_cast<double>(n) * 0x1p-1022);
+}
+
+FASTZOO_HD double score_bound(Metric metric, int64_t n, double a, double b, double unit,
+                              double smallest) {
+  if (n > 65536) return 1e308 * 10;
+  const double scale = metric == Metric::l2 ? (a + b) * (a + b) / 2 : a * b;
+  const double roundings = static_cast<double>(n + 8);
+  const double largest = a > b ? a : b;
+  return 1.02 * roundings * (unit + 0x1p-53) * scale + 4 * roundings * smallest * (1 + largest);
+}
+
+}  // namespace fastzoo::math
