@@ -1,0 +1,183 @@
+// The vector type of the CPU kernels, one width per instruction set. Included only by files of
+// csrc/cpu/kernels and by the runtime headers they use; compiled with FASTZOO_CPU_ISA set to the
+// namespace: baseline, avx2, avx512 or avx512_bf16.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__) || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "../../math/host_device.h"
+
+#define FASTZOO_INLINE static inline __attribute__((always_inline))
+
+namespace fastzoo::cpu::FASTZOO_CPU_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 16;
+#endif
+
+// What a comparison yields: bit i stands for lane i.
+template <int kLanes>
+struct Mask {
+  uint32_t bits;
+  static constexpr uint32_t kAll = kLanes == 32 ? 0xffffffffu : (1u << kLanes) - 1;
+  bool any() const { return bits != 0; }
+};
+
+template <class T>
+struct NativeOf;
+template <>
+struct NativeOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct NativeOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class T>
+struct Vec {
+  static constexpr int size = kVectorBytes / static_cast<int>(sizeof(T));
+  using Native = typename NativeOf<T>::type;
+  using MaskType = Mask<size>;
+
+  Native v;
+
+  Vec() = default;
+  __attribute__((always_inline)) Vec(Native native) : v(native) {}
+  __attribute__((always_inline)) explicit Vec(T scalar) : v(scalar - Native{}) {}
+
+  __attribute__((always_inline)) static Vec load(const T* p) {
+    Vec r;
+    __builtin_memcpy(&r.v, p, sizeof(Native));
+    return r;
+  }
+  __attribute__((always_inline)) void store(T* p) const { __builtin_memcpy(p, &v, sizeof(Native)); }
+  __attribute__((always_inline)) T operator[](int lane) const { return v[lane]; }
+
+  friend __attribute__((always_inline)) Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend __attribute__((always_inline)) Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend __attribute__((always_inline)) Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend __attribute__((always_inline)) Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+};
+
+// fused_multiply_add: one rounding where the CPU has the instruction, two on the baseline.
+// maximum(a, b) is std::max lane by lane: a unless a < b (so a where either is NaN).
+// less(a, b), not_less(a, b): the lanes where a < b holds, or where it does not (NaN: not less).
+#if defined(__AVX512F__)
+
+FASTZOO_INLINE Vec<float> fused_multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm512_fmadd_ps(a.v, b.v, c.v);
+}
+FASTZOO_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) { return _mm512_max_ps(b.v, a.v); }
+FASTZOO_INLINE Vec<float> minimum(Vec<float> a, Vec<float> b) { return _mm512_min_ps(b.v, a.v); }
+FASTZOO_INLINE Vec<float>::MaskType less(Vec<float> a, Vec<float> b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+FASTZOO_INLINE Vec<float>::MaskType not_less(Vec<float> a, Vec<float> b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)};
+}
+FASTZOO_INLINE Vec<double> fused_multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm512_fmadd_pd(a.v, b.v, c.v);
+}
+FASTZOO_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) { return _mm512_max_pd(b.v, a.v); }
+FASTZOO_INLINE Vec<double> minimum(Vec<double> a, Vec<double> b) { return _mm512_min_pd(b.v, a.v); }
+FASTZOO_INLINE Vec<double>::MaskType less(Vec<double> a, Vec<double> b) {
+  return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+FASTZOO_INLINE Vec<double>::MaskType not_less(Vec<double> a, Vec<double> b) {
+  return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_NLT_UQ)};
+}
+
+#elif defined(__AVX2__)
+
+FASTZOO_INLINE Vec<float> fused_multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm256_fmadd_ps(a.v, b.v, c.v);
+}
+FASTZOO_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) { return _mm256_max_ps(b.v, a.v); }
+FASTZOO_INLINE Vec<float> minimum(Vec<float> a, Vec<float> b) { return _mm256_min_ps(b.v, a.v); }
+FASTZOO_INLINE Vec<float>::MaskType less(Vec<float> a, Vec<float> b) {
+  return {static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)))};
+}
+FASTZOO_INLINE Vec<float>::MaskType not_less(Vec<float> a, Vec<float> b) {
+  return {static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)))};
+}
+FASTZOO_INLINE Vec<double> fused_multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm256_fmadd_pd(a.v, b.v, c.v);
+}
+FASTZOO_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) { return _mm256_max_pd(b.v, a.v); }
+FASTZOO_INLINE Vec<double> minimum(Vec<double> a, Vec<double> b) { return _mm256_min_pd(b.v, a.v); }
+FASTZOO_INLINE Vec<double>::MaskType less(Vec<double> a, Vec<double> b) {
+  return {static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ)))};
+}
+FASTZOO_INLINE Vec<double>::MaskType not_less(Vec<double> a, Vec<double> b) {
+  return {static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_NLT_UQ)))};
+}
+
+#else
+
+template <class T>
+FASTZOO_INLINE Vec<T> fused_multiply_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return a * b + c;
+}
+
+#if defined(__SSE2__)
+
+FASTZOO_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) { return _mm_max_ps(b.v, a.v); }
+FASTZOO_INLINE Vec<float> minimum(Vec<float> a, Vec<float> b) { return _mm_min_ps(b.v, a.v); }
+FASTZOO_INLINE Vec<float>::MaskType less(Vec<float> a, Vec<float> b) {
+  return {static_cast<uint32_t>(_mm_movemask_ps(_mm_cmplt_ps(a.v, b.v)))};
+}
+FASTZOO_INLINE Vec<float>::MaskType not_less(Vec<float> a, Vec<float> b) {
+  return {static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpnlt_ps(a.v, b.v)))};
+}
+FASTZOO_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) { return _mm_max_pd(b.v, a.v); }
+FASTZOO_INLINE Vec<double> minimum(Vec<double> a, Vec<double> b) { return _mm_min_pd(b.v, a.v); }
+FASTZOO_INLINE Vec<double>::MaskType less(Vec<double> a, Vec<double> b) {
+  return {static_cast<uint32_t>(_mm_movemask_pd(_mm_cmplt_pd(a.v, b.v)))};
+}
+FASTZOO_INLINE Vec<double>::MaskType not_less(Vec<double> a, Vec<double> b) {
+  return {static_cast<uint32_t>(_mm_movemask_pd(_mm_cmpnlt_pd(a.v, b.v)))};
+}
+
+#else
+
+template <class T>
+FASTZOO_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
+  return a.v < b.v ? b.v : a.v;
+}
+template <class T>
+FASTZOO_INLINE Vec<T> minimum(Vec<T> a, Vec<T> b) {
+  return b.v < a.v ? b.v : a.v;
+}
+template <class T>
+FASTZOO_INLINE typename Vec<T>::MaskType less(Vec<T> a, Vec<T> b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < Vec<T>::size; ++i) bits |= static_cast<uint32_t>(a.v[i] < b.v[i]) << i;
+  return {bits};
+}
+template <class T>
+FASTZOO_INLINE typename Vec<T>::MaskType not_less(Vec<T> a, Vec<T> b) {
+  return {~less(a, b).bits & Vec<T>::MaskType::kAll};
+}
+
+#endif
+#endif
+
+// The lanes where a > b holds.
+template <class T>
+FASTZOO_INLINE typename Vec<T>::MaskType greater(Vec<T> a, Vec<T> b) {
+  return less(b, a);
+}
+
+}  // namespace fastzoo::cpu::FASTZOO_CPU_ISA
