@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .runtime import INTERPRETER, generation, on_device_of
+from .runtime import EXACT, FUSED, INTERPRETER, CompileCase, generation, on_device_of
 
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 L2 = tl.constexpr(METRICS["l2"])
@@ -28,7 +28,6 @@ BLOCK_ROWS = 128  # rows a program settles
 RESCORE_TILE = (4, 128)  # rows, codes
 RESCORE_PROGRAMS = 1024
 DISTANCE_TILE = (32, 32)  # rows, dimensions
-DISTANCE_WARPS = 4
 
 
 class Config(NamedTuple):
@@ -48,10 +47,7 @@ CONFIGS = {
         torch.float64: ((float("inf"), Config(32, 64, 32, 4, 1)),),
     },
     8: {
-        torch.float32: (
-            (16, Config(128, 128, 16, 8, 2)),
-            (float("inf"), Config(128, 128, 32, 8, 2)),
-        ),
+        torch.float32: ((float("inf"), Config(128, 128, 16, 8, 2)),),
         torch.float64: ((float("inf"), Config(64, 64, 16, 4, 2)),),
     },
 }
@@ -339,9 +335,9 @@ def _distance_kernel(
     tl.store(distances + row, total.to(distances.dtype.element_ty), mask=inside)
 
 
-def config_for(tensor: torch.Tensor, dtype: torch.dtype, dims: int) -> tuple[Config, int]:
-    """The tile, and how many programs the fast pass is split into, for the tensor's device."""
-    known = max(key for key in CONFIGS if key <= max(generation(tensor), INTERPRETER))
+def config_for(generation: int, dtype: torch.dtype, dims: int) -> tuple[Config, int]:
+    """The tile of the fast pass, and into how many programs its codes are split at most."""
+    known = max(key for key in CONFIGS if key <= generation)
     tile = next(tile for largest, tile in CONFIGS[known][dtype] if dims <= largest)
     return tile, MATCH_PROGRAMS[known]
 
@@ -365,7 +361,7 @@ def vq_nearest(
     if rows == 0:
         return indices, distances
 
-    tile, programs = config_for(x, dtype, dims)
+    tile, programs = config_for(generation(x), dtype, dims)
     padded_codes = triton.cdiv(codes, tile.codes) * tile.codes
     padded_dims = triton.cdiv(dims, tile.dims) * tile.dims
     row_tiles = triton.cdiv(rows, tile.rows)
@@ -399,7 +395,7 @@ def vq_nearest(
             padded_dims,
             METRIC=kind,
             BLOCK=tile.codes,
-            enable_fp_fusion=False,
+            **EXACT,
         )
         _match_kernel[(row_tiles, splits)](
             x,
@@ -420,6 +416,7 @@ def vq_nearest(
             BLOCK_D=tile.dims,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **FUSED,
         )
         _settle_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
             best_scores,
@@ -435,7 +432,7 @@ def vq_nearest(
             splits,
             METRIC=kind,
             BLOCK=BLOCK_ROWS,
-            enable_fp_fusion=False,
+            **EXACT,
         )
         _rescore_kernel[(min(triton.cdiv(rows, RESCORE_TILE[0]), RESCORE_PROGRAMS),)](
             x,
@@ -449,7 +446,7 @@ def vq_nearest(
             METRIC=kind,
             BLOCK_M=RESCORE_TILE[0],
             BLOCK_N=RESCORE_TILE[1],
-            enable_fp_fusion=False,
+            **EXACT,
         )
         _distance_kernel[(triton.cdiv(rows, DISTANCE_TILE[0]),)](
             x,
@@ -461,5 +458,133 @@ def vq_nearest(
             METRIC=kind,
             BLOCK_M=DISTANCE_TILE[0],
             BLOCK_D=DISTANCE_TILE[1],
+            **EXACT,
         )
     return indices, distances
+
+
+def compile_cases(generation: int) -> list[CompileCase]:
+    cases = []
+    for metric, kind in METRICS.items():
+        for type_, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
+            pointer = f"*{type_}"
+            name = f"{metric}-{type_}"
+            mean = {"mean": pointer} if metric == "l2" else {}
+            norms = {"norms": "*fp64"} if metric == "cosine" else {}
+            tile, _ = config_for(generation, dtype, 64)
+            cases += [
+                CompileCase(
+                    name=f"pack-{name}",
+                    kernel=_pack_kernel,
+                    types={
+                        "codebook": pointer,
+                        "packed": pointer,
+                        "bias": pointer,
+                        "squares": "*fp64",
+                        "codes": "i32",
+                        "dims": "i32",
+                        "padded_codes": "i32",
+                        "padded_dims": "i32",
+                        **mean,
+                        **norms,
+                    },
+                    constants={"METRIC": kind, "BLOCK": tile.codes},
+                    options=EXACT,
+                    multiples=("padded_codes", "padded_dims"),
+                    instructions=("sqrt.rn.f64", "div.rn.f64") if norms else (),
+                ),
+                CompileCase(
+                    name=f"match-{name}",
+                    kernel=_match_kernel,
+                    types={
+                        "x": pointer,
+                        "packed": pointer,
+                        "bias": pointer,
+                        "best_scores": pointer,
+                        "best_indices": "*i64",
+                        "second_scores": pointer,
+                        "squares": "*fp64",
+                        "rows": "i32",
+                        "dims": "i32",
+                        "padded_codes": "i32",
+                        "tiles": "i32",
+                        **mean,
+                    },
+                    constants={
+                        "METRIC": kind,
+                        "BLOCK_M": tile.rows,
+                        "BLOCK_N": tile.codes,
+                        "BLOCK_D": tile.dims,
+                    },
+                    options={
+                        "num_warps": tile.num_warps,
+                        "num_stages": tile.num_stages,
+                        **FUSED,
+                    },
+                    multiples=("dims", "padded_codes"),
+                    vector_loads=True,
+                    fused=True,
+                ),
+                CompileCase(
+                    name=f"settle-{name}",
+                    kernel=_settle_kernel,
+                    types={
+                        "best_scores": pointer,
+                        "best_indices": "*i64",
+                        "second_scores": pointer,
+                        "row_squares": "*fp64",
+                        "code_square": "*fp64",
+                        "indices": "*i64",
+                        "listed": "*i64",
+                        "listed_count": "*i64",
+                        "rows": "i32",
+                        "dims": "i32",
+                        "splits": "i32",
+                    },
+                    constants={"METRIC": kind, "BLOCK": BLOCK_ROWS},
+                    options=EXACT,
+                    instructions=("sqrt.rn.f64",),
+                ),
+                CompileCase(
+                    name=f"rescore-{name}",
+                    kernel=_rescore_kernel,
+                    types={
+                        "x": pointer,
+                        "codebook": pointer,
+                        "listed": "*i64",
+                        "listed_count": "*i64",
+                        "indices": "*i64",
+                        "codes": "i32",
+                        "dims": "i32",
+                        **norms,
+                    },
+                    constants={
+                        "METRIC": kind,
+                        "BLOCK_M": RESCORE_TILE[0],
+                        "BLOCK_N": RESCORE_TILE[1],
+                    },
+                    options=EXACT,
+                    instructions=("div.rn.f64",) if norms else (),
+                ),
+                CompileCase(
+                    name=f"distance-{name}",
+                    kernel=_distance_kernel,
+                    types={
+                        "x": pointer,
+                        "codebook": pointer,
+                        "indices": "*i64",
+                        "distances": pointer,
+                        "rows": "i32",
+                        "dims": "i32",
+                    },
+                    constants={
+                        "METRIC": kind,
+                        "BLOCK_M": DISTANCE_TILE[0],
+                        "BLOCK_D": DISTANCE_TILE[1],
+                    },
+                    options=EXACT,
+                    multiples=("dims",),
+                    vector_loads=True,
+                ),
+            ]
+    return cases
