@@ -47,7 +47,7 @@ TILES = {
     },
     8: {
         torch.float32: ((float("inf"), Tile(128, 128, 16, 8, 2)),),
-        torch.float64: ((float("inf"), Tile(64, 64, 16, 4, 2)),),
+        torch.float64: ((float("inf"), Tile(64, 64, 16, 8, 2)),),
     },
 }
 TILES[9] = TILES[8]
@@ -142,8 +142,8 @@ def _pack_kernel(
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _match_kernel(
-    x,  # [rows, dims]
-    mean,  # [dims], l2 only
+    x,  # [rows, padded_dims]
+    mean,  # [padded_dims], l2 only
     packed,  # [padded_dims, padded_codes]
     bias,  # [padded_codes]
     best_scores,  # [splits, rows], written
@@ -151,7 +151,7 @@ def _match_kernel(
     second_scores,  # [splits, rows], written
     squares,  # [rows], written: double |x'|^2
     rows,
-    dims,
+    padded_dims,
     padded_codes,
     tiles,  # of codes, a split
     METRIC: tl.constexpr,
@@ -166,15 +166,14 @@ def _match_kernel(
     inside = row < rows
     lane = tl.arange(0, BLOCK_D)
     column = tl.arange(0, BLOCK_N)
-    source = x + row[:, None] * dims + lane[None, :]
+    source = x + row[:, None] * padded_dims + lane[None, :]
 
     if split == 0:
         square = tl.zeros((BLOCK_M,), tl.float64)
-        for d in range(0, dims, BLOCK_D):
-            live = d + lane < dims
-            part = tl.load(source + d, mask=inside[:, None] & live[None, :], other=0.0)
+        for d in range(0, padded_dims, BLOCK_D):
+            part = tl.load(source + d, mask=inside[:, None], other=0.0)
             if METRIC == L2:
-                part = part - tl.load(mean + d + lane, mask=live, other=0.0)[None, :]
+                part = part - tl.load(mean + d + lane)[None, :]
             wide = part.to(tl.float64)
             square += tl.sum(wide * wide, axis=1)
         tl.store(squares + row, square, mask=inside)
@@ -188,11 +187,10 @@ def _match_kernel(
         code = start + column
         score = tl.zeros((BLOCK_M, BLOCK_N), dtype) + tl.load(bias + code)[None, :]
         tile = packed + lane[:, None] * stride + code[None, :]
-        for d in range(0, dims, BLOCK_D):
-            live = d + lane < dims
-            part = tl.load(source + d, mask=inside[:, None] & live[None, :], other=0.0)
+        for d in range(0, padded_dims, BLOCK_D):
+            part = tl.load(source + d, mask=inside[:, None], other=0.0)
             if METRIC == L2:
-                part = part - tl.load(mean + d + lane, mask=live, other=0.0)[None, :]
+                part = part - tl.load(mean + d + lane)[None, :]
             score = tl.dot(part, tl.load(tile), score, input_precision="ieee", out_dtype=dtype)
             tile += BLOCK_D * stride
         tile_best = tl.max(score, axis=1)
@@ -377,7 +375,10 @@ def vq_nearest(
     split_tiles = triton.cdiv(code_tiles, max(1, MATCH_PROGRAMS[machine] // row_tiles))
     splits = triton.cdiv(code_tiles, split_tiles)
 
-    mean = codebook.mean(dim=0) if metric == "l2" else None
+    # The fast pass takes whole tiles of dimensions: zeros add nothing, roundings included.
+    padding = (0, padded_dims - dims)
+    padded_x = torch.nn.functional.pad(x, padding) if padded_dims > dims else x
+    mean = torch.nn.functional.pad(codebook.mean(dim=0), padding) if metric == "l2" else None
     norms = empty(padded_codes, dtype=torch.float64) if metric == "cosine" else None
     packed = empty(padded_dims, padded_codes, dtype=dtype)
     bias = empty(padded_codes, dtype=dtype)
@@ -406,7 +407,7 @@ def vq_nearest(
             **EXACT,
         )
         _match_kernel[(row_tiles, splits)](
-            x,
+            padded_x,
             mean,
             packed,
             bias,
@@ -415,7 +416,7 @@ def vq_nearest(
             second_scores,
             row_squares,
             rows,
-            dims,
+            padded_dims,
             padded_codes,
             split_tiles,
             METRIC=kind,
@@ -514,7 +515,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
                         "second_scores": pointer,
                         "squares": "*fp64",
                         "rows": "i32",
-                        "dims": "i32",
+                        "padded_dims": "i32",
                         "padded_codes": "i32",
                         "tiles": "i32",
                         **mean,
@@ -530,7 +531,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
                         "num_stages": tile.num_stages,
                         **FUSED,
                     },
-                    multiples=("dims", "padded_codes"),
+                    multiples=("padded_dims", "padded_codes"),
                     vector_loads=True,
                     fused=True,
                 ),
