@@ -7,6 +7,7 @@ import torch
 
 import fastzoo
 from fastzoo import _native, backends
+from fastzoo.ops._operator import OPERATORS, Operator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,13 @@ class Info:
         return "\n".join(lines).rstrip()
 
 
+def _why_not(operator: Operator, backend: str, devices: tuple[str, ...]) -> str | None:
+    if any(operator.refusal(backend, device) is None for device in devices):
+        return None
+    # Built for a GPU, and there is none; or not built at all.
+    return operator.refusal(backend, "cuda") or "there is no CUDA device"
+
+
 def info() -> Info:
     """The build, and every operator's backends with the reason where one cannot run.
 
@@ -53,15 +61,12 @@ def info() -> Info:
     Asking whether there is a GPU initialises no CUDA context.
     """
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    from fastzoo.ops._operator import OPERATORS
-
     operators: dict[str, dict[str, str | None]] = {}
     owners: dict[str, dict[str, str]] = {}
     for name, operator in OPERATORS.items():
         operators[name] = {}
         for backend in backends.NAMES:
-            reasons = [operator.refusal(backend, device) for device in devices]
-            operators[name][backend] = None if None in reasons else reasons[-1]
+            operators[name][backend] = _why_not(operator, backend, devices)
         owners[name] = {device: operator.owner(device) for device in devices}
     return Info(
         version=fastzoo.__version__,

@@ -97,8 +97,8 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastzoo, CPU, m) {
-  m.impl("nms", TORCH_BOX(&nms));
-  m.impl("nms.cpu", TORCH_BOX(&nms));
+  implement<nms>(m, "nms");
+  implement<nms>(m, "nms.cpu");
 }
 
 }  // namespace fastzoo::cpu

@@ -11,7 +11,7 @@ def check_tensor(name: str, value: object, shape: str, rank: int) -> None:
     """``shape`` is how the documentation writes it, e.g. ``[N, 4]``; ``rank`` -1 allows any."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
-    if value.dim() != rank and rank >= 0 or value.dim() == 0:
+    if (value.dim() != rank and rank >= 0) or value.dim() == 0:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 
 

@@ -186,7 +186,7 @@ class Operator:
                     # Function.apply refuses here, since a forward written in Python could escape
                     # the transforms. Ours only dispatches, to the next transform's layer.
                     with enable_single_level_autograd_function():
-                        return super(torch.autograd.Function, function).apply(*args)
+                        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
                 return function.apply(*args)
             return below(*args)
 

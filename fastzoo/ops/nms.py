@@ -63,9 +63,7 @@ def nms(
     if boxes.shape[1] != 4:
         raise ValueError(f"boxes: expected shape [N, 4], got {list(boxes.shape)}")
     if scores.shape[0] != boxes.shape[0]:
-        raise ValueError(
-            f"scores: expected {boxes.shape[0]}, one a box, got {list(scores.shape)}"
-        )
+        raise ValueError(f"scores: expected {boxes.shape[0]}, one a box, got {list(scores.shape)}")
     check_floating("boxes", boxes)
     check_floating("scores", scores)
     check_same("boxes", boxes, "scores", scores)

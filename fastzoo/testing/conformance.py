@@ -30,6 +30,10 @@ def _to(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def _call(spec: OpSpec, sample: Sample, backend: str, device: str) -> Any:
     args = [_to(arg, device) for arg in sample.args]
     return spec.function(*args, **sample.kwargs, backend=backend)
@@ -136,7 +140,7 @@ def check_uninitialised_memory(spec: OpSpec, backend: str, device: str) -> None:
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
         for sample in _plain_samples(spec):
             actual = _call(spec, sample, backend, device)
             _assert_like_definition(spec, sample, actual, sample.name)
@@ -165,10 +169,7 @@ def check_opcheck(spec: OpSpec, backend: str, device: str) -> None:
     for sample in _plain_samples(spec)[:1]:
         args = [_to(a, device) for a in spec.dispatch_args(*sample.args, **sample.kwargs)]
         if spec.differentiable is not None:
-            args = [
-                a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-                for a in args
-            ]
+            args = [a.requires_grad_() if _has_gradient(a) else a for a in args]
         for overload in (operator.default, operator.overloads[backend]):
             torch.library.opcheck(overload, tuple(args))
 
@@ -203,10 +204,7 @@ def _gradients(
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients of a weighted sum of the differentiable output, and that output."""
     assert spec.differentiable is not None
-    leaves = [
-        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in args
-    ]
+    leaves = [a.detach().clone().requires_grad_() if _has_gradient(a) else a for a in args]
     if backend is None:
         output = spec.differentiable(spec.definition(*leaves, **kwargs))
     else:
@@ -323,10 +321,10 @@ def check_transforms(spec: OpSpec, backend: str, device: str) -> None:
     def definition(*args: Tensor) -> Tensor:
         return differentiable(spec.definition(*args, **sample.kwargs))
 
-    _, tangent = torch.func.jvp(definition, plain, plain)
+    tangent = torch.func.jvp(definition, plain, plain)[1]
     assert tangent.abs().max() > 0, "the reference's own tangent is zero"
     try:
-        _, actual_tangent = torch.func.jvp(call, plain, plain)
+        actual_tangent = torch.func.jvp(call, plain, plain)[1]
     except NotImplementedError as error:
         assert f"fastzoo.reference.{spec.name}" in str(error), f"unhelpful message: {error}"
     else:

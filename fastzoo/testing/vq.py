@@ -98,10 +98,10 @@ def tolerance(x: Tensor, codebook: Tensor, metric: str = "l2", **_: Any) -> Tens
         magnitude = norm * largest
     else:
         magnitude = torch.ones_like(norm)
-    _, d = reference.vq_nearest(rows, codes, metric=metric, return_distance=True)
+    d = reference.vq_nearest(rows, codes, metric=metric, return_distance=True)[1]
     rounding = 2 * unit_roundoff(out) * d.abs().nan_to_num(0, 0, 0)
-    smallest = torch.finfo(out).tiny
-    return 2 * (dim + 4) * 2**-53 * magnitude + rounding + smallest
+    allowed: Tensor = 2 * (dim + 4) * 2**-53 * magnitude + rounding + torch.finfo(out).tiny
+    return allowed
 
 
 def cancellation(x: Tensor, codebook: Tensor, metric: str = "l2", **_: Any) -> float:
