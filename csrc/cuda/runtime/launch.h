@@ -66,8 +66,11 @@ class Stream {
   template <class... Parameters>
   void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
               std::common_type_t<Parameters>... arguments) const {
-    kernel<<<grid, block, 0, stream_> > >(arguments...);
-    check(name, cudaGetLastError());
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.stream = stream_;
+    check(name, cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 
   // Waits for the stream and gives the value that device memory then holds.
