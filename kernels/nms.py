@@ -1,0 +1,177 @@
+"""Non-maximum suppression: the list of kept boxes grows, and every block of boxes follows it.
+
+Boxes are sorted by falling score and cut into blocks, one a program. A program first finds
+which boxes of its own block overlap each other; then it tests its boxes against the kept list as
+earlier programs append to it; when all of those are done, it settles its own block, appends what
+it keeps and says so. No matrix of all overlaps exists.
+"""
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from .runtime import on_device_of
+
+# Boxes in a block (at most 64: its survivors are the bits of an int64) and warps, by type: the
+# largest that spill no registers.
+CONFIGS = {torch.float32: (64, 8), torch.float64: (32, 4)}
+
+# The progress word: how many blocks are done, above how many boxes are kept.
+KEPT_BITS = 32
+KEPT_MASK = (1 << KEPT_BITS) - 1
+
+
+@triton.jit
+def _overlap_exceeds(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, threshold):
+    """box_iou(a, b) > threshold as csrc/math/nms.h has it, operation for operation.
+
+    How maximum and minimum treat NaN is of no account: a NaN coordinate makes the area NaN.
+    """
+    width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
+    height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
+    intersection = width * height
+    area_a = (ax2 - ax1) * (ay2 - ay1)
+    area_b = (bx2 - bx1) * (by2 - by1)
+    union = area_a + area_b - intersection
+    if intersection.dtype == tl.float64:
+        overlap = intersection / union
+    else:
+        overlap = tl.div_rn(intersection, union)
+    return overlap > threshold
+
+
+@triton.jit(do_not_specialize=["n"])
+def _nms_kernel(
+    boxes,  # [4, n]: coordinates, in falling order of score
+    order,  # [n]: original indices
+    threshold,  # [1], of the boxes' type
+    kept_boxes,  # [4, n], written
+    kept,  # [n], written: original indices
+    progress,  # [1], zero at first
+    tickets,  # [1], zero at first
+    n,
+    BLOCK: tl.constexpr,
+    KEPT_BITS: tl.constexpr,
+):
+    # Blocks are dealt out in the order in which programs start, so that whatever a program waits
+    # for is running already.
+    block = tl.atomic_add(tickets, 1, sem="relaxed")
+    stride = tl.cast(n, tl.int64)
+    limit = tl.load(threshold)
+
+    lane = tl.arange(0, BLOCK)
+    bit = tl.full((BLOCK,), 1, tl.int64) << lane.to(tl.int64)
+    box = block * BLOCK + lane
+    inside = box < stride
+    x1 = tl.load(boxes + box, mask=inside, other=0.0)
+    y1 = tl.load(boxes + stride + box, mask=inside, other=0.0)
+    x2 = tl.load(boxes + 2 * stride + box, mask=inside, other=0.0)
+    y2 = tl.load(boxes + 3 * stride + box, mask=inside, other=0.0)
+    index = tl.load(order + box, mask=inside, other=0)
+
+    # A box's suppressors within its block, as bits. Found before there is anything to wait for.
+    overlapping = _overlap_exceeds(
+        x1[:, None], y1[:, None], x2[:, None], y2[:, None],
+        x1[None, :], y1[None, :], x2[None, :], y2[None, :], limit,
+    )  # fmt: skip
+    earlier = lane[None, :] < lane[:, None]
+    suppressors = tl.sum(tl.where(overlapping & earlier, bit[None, :], 0), axis=1)
+
+    suppressed = tl.zeros((BLOCK, BLOCK), tl.int1)
+    tested = block * 0
+    total = block * 0
+    done = block * 0 - 1
+    while done < block:
+        word = tl.atomic_add(progress, 0, sem="acquire")
+        done = word >> KEPT_BITS
+        total = word & ((1 << KEPT_BITS) - 1)
+        for start in range(tested, total, BLOCK):
+            entry = kept_boxes + start + lane
+            filled = start + lane < total
+            # Other programs wrote these: past the L1 cache, which may hold the line as it was.
+            kept_x1 = tl.load(entry, mask=filled, other=0.0, cache_modifier=".cg")
+            kept_y1 = tl.load(entry + stride, mask=filled, other=0.0, cache_modifier=".cg")
+            kept_x2 = tl.load(entry + 2 * stride, mask=filled, other=0.0, cache_modifier=".cg")
+            kept_y2 = tl.load(entry + 3 * stride, mask=filled, other=0.0, cache_modifier=".cg")
+            overlapping = _overlap_exceeds(
+                x1[:, None], y1[:, None], x2[:, None], y2[:, None],
+                kept_x1[None, :], kept_y1[None, :], kept_x2[None, :], kept_y2[None, :], limit,
+            )  # fmt: skip
+            suppressed = suppressed | (overlapping & filled[None, :])
+        tested = total
+    alive = inside & (tl.max(suppressed.to(tl.int32), axis=1) == 0)
+
+    # A box survives if no survivor suppresses it. Each round settles at least one more box, from
+    # the first on, and a round that changes nothing has settled all.
+    survivors = tl.sum(tl.where(alive, bit, 0), axis=0)
+    before = ~survivors
+    keep = alive
+    while survivors != before:
+        before = survivors
+        keep = alive & ((suppressors & survivors) == 0)
+        survivors = tl.sum(tl.where(keep, bit, 0), axis=0)
+
+    one_each = keep.to(tl.int64)
+    place = total + tl.cumsum(one_each, axis=0) - one_each
+    tl.store(kept_boxes + place, x1, mask=keep)
+    tl.store(kept_boxes + stride + place, y1, mask=keep)
+    tl.store(kept_boxes + 2 * stride + place, x2, mask=keep)
+    tl.store(kept_boxes + 3 * stride + place, y2, mask=keep)
+    tl.store(kept + place, index, mask=keep)
+    tl.debug_barrier()  # all of the program's stores come before its release
+    total += tl.sum(one_each, axis=0)
+    tl.atomic_xchg(progress, ((block + 1) << KEPT_BITS) | total, sem="release")
+
+
+def falling_key(scores: torch.Tensor) -> torch.Tensor:
+    """Integers that ascend as scores fall; -0 equals +0, every NaN shares the last key.
+
+    The twin of falling_key in csrc/math/nms.h, as signed integers of the scores' width.
+    """
+    width = {torch.float32: torch.int32, torch.float64: torch.int64}[scores.dtype]
+    last = torch.iinfo(width).max
+    bits = (scores + 0.0).view(width)
+    return torch.where(bits < 0, bits & last, ~bits).masked_fill(scores.isnan(), last)
+
+
+def round_down(threshold: float, dtype: torch.dtype) -> float:
+    """The largest `dtype` value not above `threshold`: round_down of csrc/math/nms.h."""
+    if dtype == torch.float64:
+        return threshold
+    with np.errstate(over="ignore"):
+        nearest = np.float32(threshold)
+        if float(nearest) > threshold:
+            nearest = np.nextafter(nearest, np.float32(-np.inf))
+    return float(nearest)
+
+
+def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+    """Indices of the boxes kept, int64, by falling score. Reads the device once: their number."""
+    n = boxes.shape[0]
+    kept = torch.empty(n, dtype=torch.int64, device=boxes.device)
+    if n == 0:
+        return kept
+    dtype = torch.float64 if boxes.dtype == torch.float64 else torch.float32
+    order = falling_key(scores.to(dtype)).sort(stable=True).indices
+    sorted_boxes = boxes.to(dtype)[order].t().contiguous()
+    kept_boxes = torch.empty_like(sorted_boxes)
+    threshold = torch.full((1,), round_down(iou_threshold, dtype), dtype=dtype, device=boxes.device)
+    progress, tickets = torch.zeros(2, 1, dtype=torch.int64, device=boxes.device)
+    block, num_warps = CONFIGS[dtype]
+    with on_device_of(boxes):
+        _nms_kernel[(triton.cdiv(n, block),)](
+            sorted_boxes,
+            order,
+            threshold,
+            kept_boxes,
+            kept,
+            progress,
+            tickets,
+            n,
+            BLOCK=block,
+            KEPT_BITS=KEPT_BITS,
+            num_warps=num_warps,
+            enable_fp_fusion=False,
+        )
+    return kept[: progress.item() & KEPT_MASK]
