@@ -26,13 +26,17 @@ def _load_facts() -> tuple[dict[str, Any], str | None]:
         return {}, f"fastzoo._C cannot be imported ({error}): reinstall fastzoo"
 
 
+def library(name: str) -> Path:
+    """Where ``_C_cpu`` or ``_C_cuda`` is, if it was built."""
+    return _PACKAGE / f"{name}.so"
+
+
 def _load_library(name: str) -> str | None:
     """Load one library of operators; the reason why it cannot be, if so."""
-    path = _PACKAGE / f"{name}.so"
-    if not path.exists():
+    if not library(name).exists():
         return f"{name}.so was not built"
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(library(name))
     except OSError as error:
         return f"{name}.so cannot be loaded with torch {torch.__version__}: {error}"
     return None
@@ -57,7 +61,7 @@ def load_emulator(path: str | os.PathLike[str]) -> None:
 
 
 def _cpu_library() -> ctypes.CDLL | None:
-    return None if cpu_missing else ctypes.CDLL(str(_PACKAGE / "_C_cpu.so"))
+    return None if cpu_missing else ctypes.CDLL(str(library("_C_cpu")))
 
 
 def cpu_capability() -> str | None:

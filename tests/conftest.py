@@ -1,8 +1,10 @@
 """Without a GPU, Triton kernels run in its interpreter and CUDA kernels in the host emulator."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -17,3 +19,15 @@ from fastzoo import _native  # noqa: E402
 EMULATOR = Path(os.environ.get("FASTZOO_EMULATOR", ROOT / "build" / "native" / "_C_emulator.so"))
 if DEVICE == "cpu" and EMULATOR.exists():
     _native.load_emulator(EMULATOR)
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "avx512_bf16"])
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this CPU in turn, forced on the C++ kernels."""
+    try:
+        _native.force_cpu_capability(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert _native.cpu_capability() == request.param
+    yield request.param
+    _native.force_cpu_capability(None)

@@ -255,5 +255,5 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
 }  // namespace fastzoo::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastzoo, FASTZOO_CUDA_DISPATCH_KEY, m) {
-  m.impl("nms.cuda", TORCH_BOX(&fastzoo::cuda::nms));
+  fastzoo::implement<fastzoo::cuda::nms>(m, "nms.cuda");
 }
