@@ -87,7 +87,8 @@ def imports(source: str, module: str, is_package: bool = False) -> set[str]:
                 base = ".".join([*up, base] if base else up)
             # "from fastzoo import ops" imports a floor, "from fastzoo import info" likewise.
             found |= {
-                f"{base}.{a.name}" if base == "fastzoo" and floor(f"fastzoo.{a.name}") in FLOORS
+                f"{base}.{a.name}"
+                if base == "fastzoo" and floor(f"fastzoo.{a.name}") in FLOORS
                 else base
                 for a in node.names
             }
