@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook,
                   " dimensions is out of range");
   const Tensor indices = empty(x, {args.rows}, ScalarType::Long);
   const Tensor distance = empty(x, {args.rows}, compute);
-  if (args.rows == 0) return {indices, distance};
+  if (args.rows == 0) return {distance, indices};
 
   cpu::VqPlan plan{};
   FASTZOO_SELECT_KERNEL(vq_plan)(args, plan);
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook,
              spaces + part * workspace_bytes);
     }
   });
-  return {indices, distance};
+  return {distance, indices};
 }
 
 std::tuple<Tensor, Tensor> vq_nearest_backward(const Tensor& grad, const Tensor& x,
@@ -155,10 +155,10 @@ std::tuple<Tensor, Tensor> vq_nearest_backward(const Tensor& grad, const Tensor&
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastzoo, CPU, m) {
-  m.impl("vq_nearest", TORCH_BOX(&vq_nearest));
-  m.impl("vq_nearest.cpu", TORCH_BOX(&vq_nearest));
-  m.impl("vq_nearest_backward", TORCH_BOX(&vq_nearest_backward));
-  m.impl("vq_nearest_backward.cpu", TORCH_BOX(&vq_nearest_backward));
+  implement<vq_nearest>(m, "vq_nearest");
+  implement<vq_nearest>(m, "vq_nearest.cpu");
+  implement<vq_nearest_backward>(m, "vq_nearest_backward");
+  implement<vq_nearest_backward>(m, "vq_nearest_backward.cpu");
 }
 
 }  // namespace fastzoo

@@ -346,7 +346,7 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook,
   const ScalarType compute = compute_dtype(x.scalar_type());
   const Tensor indices = empty(x, {rows}, ScalarType::Long);
   const Tensor distances = empty(x, {rows}, compute);
-  if (rows == 0) return {indices, distances};
+  if (rows == 0) return {distances, indices};
 
   const Stream stream(x);
   const Tensor values = torch::stable::contiguous(x);
@@ -387,12 +387,12 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook,
                   codebook_data, centre, norm_data, best_data, second_data, rows, codes, dims,
                   index_data, static_cast<C*>(distances.mutable_data_ptr()));
   });
-  return {indices, distances};
+  return {distances, indices};
 }
 
 }  // namespace
 }  // namespace fastzoo::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fastzoo, FASTZOO_CUDA_DISPATCH_KEY, m) {
-  m.impl("vq_nearest.cuda", TORCH_BOX(&fastzoo::cuda::vq_nearest));
+  fastzoo::implement<fastzoo::cuda::vq_nearest>(m, "vq_nearest.cuda");
 }

@@ -128,6 +128,10 @@ class Operator:
             raise RuntimeError(f"fastzoo.ops.{self.name}: backend {backend!r} cannot run: {reason}")
         return self.overloads[backend]
 
+    def like(self, ctx: Any) -> Any:
+        """The overload for a backward: the forward's backend where this operator has it."""
+        return self.overloads.get(ctx.backend, self.default)
+
     def _fall_back(self, *args: Any) -> Any:
         device_type = next(a for a in args if isinstance(a, Tensor)).device.type
         if device_type != "cpu" and not self._warned:
@@ -164,6 +168,7 @@ class Operator:
                 return overload(*args)
 
         def forward(ctx: Any, *args: Any) -> Any:
+            ctx.backend = overload._overloadname
             output = below(*args)
             setup_context(ctx, args, output)
             return output

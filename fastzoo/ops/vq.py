@@ -35,7 +35,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_d: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
     x, codebook, indices = ctx.saved_tensors
-    grad_x, grad_codebook = _VQ_NEAREST_BACKWARD.default(grad_d, x, codebook, indices, ctx.metric)
+    overload = _VQ_NEAREST_BACKWARD.like(ctx)
+    grad_x, grad_codebook = overload(grad_d, x, codebook, indices, ctx.metric)
     return grad_x, grad_codebook, None
 
 

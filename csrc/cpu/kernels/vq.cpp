@@ -473,10 +473,21 @@ void lookup(const VqArgs& args, int64_t begin, int64_t end, void* workspace) {
   }
 }
 
-// The factors of d's gradient by one side, u: weight * v - shrink * u, where v is the other side.
+// The gradient of d by one side, u, where v is the other. For l2 the difference is taken first, or
+// an offset of both sides would cancel late.
 struct Slope {
+  Metric metric;
   double weight;
   double shrink;
+
+  double at(double u, double v) const {
+    switch (metric) {
+      case Metric::l2: return weight * (v - u);
+      case Metric::dot: return weight * v;
+      case Metric::cosine: break;
+    }
+    return weight * v - shrink * u;
+  }
 };
 
 // Gradients of the distance between a row and its code, for both sides at once: `own` is the side
@@ -484,8 +495,8 @@ struct Slope {
 template <class Element>
 Slope slope(const VqBackwardArgs& args, double grad, const Element* own, const Element* other) {
   switch (args.metric) {
-    case Metric::l2: return {-2 * grad, -2 * grad};
-    case Metric::dot: return {grad, 0};
+    case Metric::l2: return {Metric::l2, -2 * grad, 0};
+    case Metric::dot: return {Metric::dot, grad, 0};
     case Metric::cosine: break;
   }
   double dot = 0, own_square = 0, other_square = 0;
@@ -505,7 +516,7 @@ Slope slope(const VqBackwardArgs& args, double grad, const Element* own, const E
   const double both = own_floored * math::maximum(__builtin_sqrt(other_square), math::kNormFloor);
   // Where the floor rules, the norm is a constant.
   const double shrink = own_norm > math::kNormFloor ? dot / both / own_square : 0;
-  return {grad / both, grad * shrink};
+  return {Metric::cosine, grad / both, grad * shrink};
 }
 
 }  // namespace
@@ -559,7 +570,7 @@ void vq_backward_x(const VqBackwardArgs& args, int64_t begin, int64_t end) {
       const Slope by_x = slope(args, static_cast<const T*>(args.grad)[row], x, code);
       Element* grad_x = static_cast<Element*>(args.grad_x) + row * dims;
       for (int64_t k = 0; k < dims; ++k) {
-        narrow(by_x.weight * widen(code[k]) - by_x.shrink * widen(x[k]), grad_x[k]);
+        narrow(by_x.at(widen(x[k]), widen(code[k])), grad_x[k]);
       }
     }
   });
@@ -578,7 +589,7 @@ void vq_backward_codebook(const VqBackwardArgs& args, int64_t begin, int64_t end
         const Element* x = static_cast<const Element*>(args.x) + row * dims;
         const Slope by_code = slope(args, static_cast<const T*>(args.grad)[row], code, x);
         for (int64_t k = 0; k < dims; ++k) {
-          sums[k] += by_code.weight * widen(x[k]) - by_code.shrink * widen(code[k]);
+          sums[k] += by_code.at(widen(code[k]), widen(x[k]));
         }
       }
       Element* grad_code = static_cast<Element*>(args.grad_codebook) + index * dims;
