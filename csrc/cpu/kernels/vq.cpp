@@ -331,6 +331,7 @@ struct Rows {
   __attribute__((always_inline)) void meet(int64_t code, int64_t slot,
                                            const typename Gemm::Tile& tile) const {
     V top[2];
+#pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       top[j] = tile[0][j];
 #pragma GCC unroll 16
@@ -339,6 +340,7 @@ struct Rows {
     const uint32_t hits = not_less(top[0], V::load(threshold + slot)).bits |
                           not_less(top[1], V::load(threshold + slot + V::size)).bits << V::size;
     if (__builtin_expect(hits == 0, 1)) return;
+#pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       const int64_t lane = slot + j * V::size;
       const V highest = maximum(V::load(best + lane), top[j]);
@@ -347,6 +349,7 @@ struct Rows {
       maximum(V(Limits<T>::lowest), highest - V::load(margin + lane)).store(threshold + lane);
     }
     alignas(kVectorBytes) T scores[Gemm::kRows + 1][Gemm::kColumns];
+#pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
 #pragma GCC unroll 16
       for (int i = 0; i < Gemm::kRows; ++i) tile[i][j].store(scores[i] + j * V::size);
