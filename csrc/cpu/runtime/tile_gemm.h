@@ -77,11 +77,16 @@ struct TileGemm {
 template <int kCount, class T, class Load>
 FASTZOO_INLINE void pack_lines(T* lines, int64_t first, int64_t rows, int64_t depth,
                                const Load& load) {
-  const int64_t valid = rows - first < kCount ? rows - first : kCount;
+  if (rows - first >= kCount) {
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int i = 0; i < kCount; ++i) lines[k * kCount + i] = load(first + i, k);
+    }
+    return;
+  }
   for (int64_t k = 0; k < depth; ++k) {
-    T* line = lines + k * kCount;
-    for (int64_t i = 0; i < valid; ++i) line[i] = load(first + i, k);
-    for (int64_t i = valid; i < kCount; ++i) line[i] = T(0);
+    for (int i = 0; i < kCount; ++i) {
+      lines[k * kCount + i] = first + i < rows ? load(first + i, k) : T(0);
+    }
   }
 }
 
