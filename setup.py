@@ -41,37 +41,44 @@ def find_torch() -> Path:
     Under pip's build isolation torch is not importable, but sysconfig still names the target.
     """
     named = os.environ.get("FASTZOO_TORCH")
-    spec = None if named else importlib.util.find_spec("torch")
-    candidates = [
-        *([Path(named)] if named else []),
-        *([Path(spec.origin).parent] if spec and spec.origin else []),
-        Path(sysconfig.get_paths()["purelib"]) / "torch",
-        Path(sysconfig.get_paths()["platlib"]) / "torch",
-    ]
+    if named:
+        candidates = [Path(named)]
+    else:
+        spec = importlib.util.find_spec("torch")
+        paths = sysconfig.get_paths()
+        candidates = [Path(spec.origin).parent] if spec and spec.origin else []
+        candidates += [Path(paths[key]) / "torch" for key in ("purelib", "platlib")]
     for candidate in candidates:
         version_file = candidate / "version.py"
-        if not (candidate / "include" / "torch" / "csrc" / "stable").is_dir():
+        if not version_file.is_file():
             continue
         match = re.search(r"__version__ = '([^']+)'", version_file.read_text())
-        if match and Version(match[1]) >= TORCH_FLOOR:
-            return candidate
-        fail(f"torch {match[1] if match else '?'} in {candidate}: {TORCH_FLOOR} or newer needed")
+        if not match or Version(match[1]) < TORCH_FLOOR:
+            fail(
+                f"torch {match[1] if match else '?'} in {candidate}: {TORCH_FLOOR} or newer needed"
+            )
+        if not (candidate / "include" / "torch" / "csrc" / "stable").is_dir():
+            fail(f"torch {match[1]} in {candidate} has no headers")
+        return candidate
     fail(
-        "no torch headers found. Install torch first, or set FASTZOO_TORCH to the torch package "
-        f"folder. Looked in: {', '.join(map(str, candidates))}"
+        "no torch found to build against. Install torch first, or set FASTZOO_TORCH to the torch "
+        f"package folder. Looked in: {', '.join(map(str, candidates))}"
     )
     raise AssertionError
 
 
-def wants_cuda() -> bool:
+def find_nvcc() -> str | None:
+    """The compiler to build the CUDA kernels with, or None to leave them out."""
     choice = os.environ.get("FASTZOO_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         fail(f"FASTZOO_CUDA={choice}: expected auto, 0 or 1")
+    if choice == "0":
+        return None
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc") or (home and shutil.which(str(Path(home) / "bin" / "nvcc")))
+    nvcc = (home and shutil.which(str(Path(home) / "bin" / "nvcc"))) or shutil.which("nvcc")
     if choice == "1" and not nvcc:
-        fail("FASTZOO_CUDA=1, but nvcc is neither on PATH nor in CUDA_HOME")
-    return choice != "0" and bool(nvcc)
+        fail("FASTZOO_CUDA=1, but nvcc is neither in CUDA_HOME nor on PATH")
+    return nvcc
 
 
 class BuildNative(build_ext):
@@ -80,11 +87,17 @@ class BuildNative(build_ext):
     def run(self) -> None:
         if shutil.which(os.environ.get("CXX", "c++")) is None:
             fail("no C++ compiler found (g++ or clang++, or set CXX)")
+        # cmake and ninja may have come as wheels, into an environment that is not activated.
+        search = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        cmake = shutil.which("cmake", path=search)
+        if cmake is None or shutil.which("ninja", path=search) is None:
+            fail("cmake or ninja not found (pip install cmake ninja)")
         build = ROOT / "build" / "native" if self.inplace else Path(self.build_temp) / "native"
         package = ROOT if self.inplace else Path(self.build_lib).resolve()
+        nvcc = find_nvcc()
         flag = {True: "ON", False: "OFF"}
         configure = [
-            "cmake",
+            cmake,
             "-S",
             str(ROOT),
             "-B",
@@ -96,16 +109,21 @@ class BuildNative(build_ext):
             f"-DFASTZOO_VERSION={self.distribution.get_version()}",
             f"-DFASTZOO_TORCH={find_torch()}",
             f"-DFASTZOO_PYTHON_OUTPUT={package / 'fastzoo'}",
-            f"-DFASTZOO_CUDA={flag[wants_cuda()]}",
+            f"-DFASTZOO_CUDA={flag[nvcc is not None]}",
             f"-DFASTZOO_TESTS={flag[os.environ.get('FASTZOO_TESTS') == '1']}",
         ]
+        if nvcc:
+            configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        else:
+            # Left by an earlier build with CUDA, it would travel in a CPU wheel.
+            (package / "fastzoo" / "_C_cuda.so").unlink(missing_ok=True)
         if "FASTZOO_CUDA_ARCHS" in os.environ:
             configure.append(f"-DFASTZOO_CUDA_ARCHS={os.environ['FASTZOO_CUDA_ARCHS']}")
         # A path inside an isolated build environment does not outlive it.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         try:
-            subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(build)], check=True)
+            for command in (configure, [cmake, "--build", str(build)]):
+                subprocess.run(command, check=True, env={**os.environ, "PATH": search})
         except subprocess.CalledProcessError as error:
             fail(f"the native build failed: {' '.join(error.cmd[:3])} exited {error.returncode}")
         (package / "fastzoo" / NO_NATIVE_NOTE).unlink(missing_ok=True)
