@@ -28,7 +28,7 @@ def _line(record: Record) -> str:
     head = f"{record['op']:12} {record['case']:20} {record['implementation']:14}"
     if "seconds" not in record:
         return f"{head} {record.get('reason') or 'ERROR ' + record['error']}"
-    share = "" if record["equal"] == 1 else f", {record['equal']:.3%} right"
+    share = "" if record["equal"] == 1 else f", {report.share_text(record['equal'])} right"
     memory = report.memory_text(record["peak_bytes"])
     return f"{head} {report.time_text(record['seconds']):>9}, {memory}{share}"
 

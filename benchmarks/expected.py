@@ -45,7 +45,8 @@ _FAST: dict[str, Callable[..., Tensor]] = {"vq_nearest": vq_nearest}
 def expected(op: str, *args: Any, **kwargs: Any) -> Tensor:
     """The definition's answer, on the CPU."""
     moved = [a.cpu() if isinstance(a, Tensor) else a for a in args]
-    answer: Tensor = _FAST.get(op, SPECS[op].definition)(*moved, **kwargs)
+    definition: Callable[..., Tensor] = _FAST.get(op, SPECS[op].definition)
+    answer: Tensor = definition(*moved, **kwargs)
     return answer
 
 

@@ -81,8 +81,7 @@ def _operator_text(report: Record, op: str) -> str:
         times,
         "Peak memory:\n",
         memory,
-        "Right answers:\n",
-        _cells(report, op, names, lambda row: _share(row["equal"])),
+        _answers_text(report, op, names),
         "What fastzoo reaches:\n",
         work,
         *_notes(report, op),
@@ -202,7 +201,7 @@ def time_text(seconds: float) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
 def ratio_text(ratio: float) -> str:
@@ -213,7 +212,14 @@ def memory_text(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB" if size >= 1 << 16 else "< 0.1 MiB"
 
 
-def _share(share: float) -> str:
+def _answers_text(report: Record, op: str, names: list[str]) -> str:
+    timed = [row for row in report["rows"] if row["op"] == op and "seconds" in row]
+    if all(row["equal"] == 1 for row in timed):
+        return "Every answer that was timed is right in full.\n"
+    return "Right answers:\n\n" + _cells(report, op, names, lambda row: share_text(row["equal"]))
+
+
+def share_text(share: float) -> str:
     # Never round a miss away.
     return "all" if share == 1 else f"{min(share, 0.99999):.3%}"
 
@@ -244,6 +250,7 @@ def plot(report: Record, op: str, path: Path) -> bool:
         ticks.append((first + position - 1) / 2)
         position += 0.8
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlim(right=max(largest, 1) * 2)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(ticks, list(found))

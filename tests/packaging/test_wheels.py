@@ -171,6 +171,15 @@ def test_cuda_wheel_holds_code_for_every_architecture(cuda_wheel: Path, tmp_path
     assert architectures("ptx") == {"sm_100"}
 
 
+def test_cpu_wheel_built_after_a_cuda_wheel_holds_no_cuda(
+    sources: Path, cuda_wheel: Path, tmp_path: Path
+) -> None:
+    # Without an sdist between them, both are built in the same folder.
+    done = build(sources, tmp_path, "--wheel", FASTZOO_CUDA="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fastzoo/_C_cuda.so" not in contents(only(tmp_path, "*.whl"))
+
+
 def test_cuda_wheel_declines_a_torch_without_cuda(cuda_wheel: Path, tmp_path: Path) -> None:
     if torch.version.cuda is not None:
         pytest.skip("this torch has CUDA")

@@ -125,7 +125,7 @@ class KeptBoxes {
       cells_per_side_ = 1 / (4 * (reach_ + 2 * kSlack));
       most_entries = 4 * n;
       int bits = 1;
-      while (Block<T>::size << bits < 2 * n) ++bits;
+      while (int64_t{Block<T>::size} << bits < 2 * n) ++bits;
       hash_shift_ = 64 - bits;
       cells = int64_t{1} << bits;
       cells_ = static_cast<Cell*>(std::calloc(cells, sizeof(Cell)));
