@@ -39,7 +39,9 @@ def enable() -> None:
     try:
         importlib.import_module("torchvision")
     except ImportError as error:
-        raise RuntimeError(f"fastzoo.compat.torchvision: {error} (pip install torchvision)") from error
+        raise RuntimeError(
+            f"fastzoo.compat.torchvision: {error} (pip install torchvision)"
+        ) from error
     if not hasattr(torch.ops.torchvision, "nms"):
         raise RuntimeError(
             "fastzoo.compat.torchvision: this torchvision was imported without its compiled "

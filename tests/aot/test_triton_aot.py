@@ -29,7 +29,9 @@ ARCHITECTURES = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 FAMILIES = [
     module
     for info in pkgutil.iter_modules(kernels.__path__)
-    if hasattr(module := importlib.import_module(f"{kernels.__name__}.{info.name}"), "compile_cases")
+    if hasattr(
+        module := importlib.import_module(f"{kernels.__name__}.{info.name}"), "compile_cases"
+    )
 ]
 
 

@@ -33,10 +33,14 @@ struct Limits<double> {
 template <class Body>
 FASTZOO_INLINE void with_element(Dtype dtype, const Body& body) {
   switch (dtype) {
-    case Dtype::float32: return body(float{});
-    case Dtype::float64: return body(double{});
-    case Dtype::float16: return body(Half{});
-    case Dtype::bfloat16: return body(BFloat16{});
+    case Dtype::float32:
+      return body(float{});
+    case Dtype::float64:
+      return body(double{});
+    case Dtype::float16:
+      return body(Half{});
+    case Dtype::bfloat16:
+      return body(BFloat16{});
   }
 }
 
@@ -237,7 +241,7 @@ struct Rows {
   T* threshold;  // best - margin: a code below it cannot be the answer
   int32_t* counts;
   Candidates<T>* candidates;  // [rows][kTiles]
-  Winner* winners;           // among the codes already scored exactly
+  Winner* winners;            // among the codes already scored exactly
 
   // A multiple of the panel, small enough for the block to stay in cache.
   static int64_t block_rows(const VqArgs& args) {
@@ -315,8 +319,8 @@ struct Rows {
     const VqArgs& args = codes.args;
     const double a = math::norm_above(square, args.dims);
     const double b = args.largest_norm;
-    const double bound = math::score_bound(args.metric, args.dims, a, b, Limits<T>::unit,
-                                           Limits<T>::smallest);
+    const double bound =
+        math::score_bound(args.metric, args.dims, a, b, Limits<T>::unit, Limits<T>::smallest);
     const double size = args.metric == Metric::l2 ? (a + b) * (a + b) / 2 : a * b;
     // The subtraction best - margin rounds too; size bounds both of its ends.
     const double wanted = (2 * bound + 2 * Limits<T>::unit * (size + 2 * bound)) * (1 + 0x1p-20);
@@ -498,9 +502,12 @@ struct Slope {
 
   double at(double u, double v) const {
     switch (metric) {
-      case Metric::l2: return weight * (v - u);
-      case Metric::dot: return weight * v;
-      case Metric::cosine: break;
+      case Metric::l2:
+        return weight * (v - u);
+      case Metric::dot:
+        return weight * v;
+      case Metric::cosine:
+        break;
     }
     return weight * v - shrink * u;
   }
@@ -511,9 +518,12 @@ struct Slope {
 template <class Element>
 Slope slope(const VqBackwardArgs& args, double grad, const Element* own, const Element* other) {
   switch (args.metric) {
-    case Metric::l2: return {Metric::l2, -2 * grad, 0};
-    case Metric::dot: return {Metric::dot, grad, 0};
-    case Metric::cosine: break;
+    case Metric::l2:
+      return {Metric::l2, -2 * grad, 0};
+    case Metric::dot:
+      return {Metric::dot, grad, 0};
+    case Metric::cosine:
+      break;
   }
   double dot = 0, own_square = 0, other_square = 0;
   dot = wide_sum(args.dims, [&](int64_t k) {
@@ -551,9 +561,8 @@ void vq_plan(const VqArgs& args, VqPlan& plan) {
 }
 
 void vq_centre(const VqArgs& args, int64_t begin, int64_t end) {
-  with_element(args.dtype, [&](auto element) {
-    Codes<decltype(element)>{args}.find_centre(begin, end);
-  });
+  with_element(args.dtype,
+               [&](auto element) { Codes<decltype(element)>{args}.find_centre(begin, end); });
 }
 
 void vq_pack(const VqArgs& args, int64_t begin, int64_t end) {
@@ -570,9 +579,8 @@ void vq_select(VqArgs& args, int32_t* table, int64_t table_size) {
 }
 
 void vq_lookup(const VqArgs& args, int64_t begin, int64_t end, void* workspace) {
-  with_element(args.dtype, [&](auto element) {
-    lookup<decltype(element)>(args, begin, end, workspace);
-  });
+  with_element(args.dtype,
+               [&](auto element) { lookup<decltype(element)>(args, begin, end, workspace); });
 }
 
 void vq_backward_x(const VqBackwardArgs& args, int64_t begin, int64_t end) {
