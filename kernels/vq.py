@@ -25,7 +25,6 @@ L2 = tl.constexpr(METRICS["l2"])
 COSINE = tl.constexpr(METRICS["cosine"])
 
 BLOCK_ROWS = 128  # rows a program settles
-RESCORE_TILE = (4, 128)  # rows, codes
 RESCORE_PROGRAMS = 1024
 DISTANCE_TILE = (32, 32)  # rows, dimensions
 
@@ -54,8 +53,11 @@ CONFIGS = {
 CONFIGS[9] = CONFIGS[8]
 CONFIGS[10] = CONFIGS[8]
 
-# The codes are split until there are this many programs, or a tile each.
+# The fast pass splits the codes until there are this many programs, or a tile each.
 MATCH_PROGRAMS = {INTERPRETER: 8, 8: 216, 9: 264, 10: 296}
+
+# Rows and codes that a program scores at a time by the definition.
+RESCORE_TILES = {INTERPRETER: (32, 128), 8: (2, 128), 9: (2, 128), 10: (2, 128)}
 
 
 @triton.jit
@@ -335,11 +337,13 @@ def _distance_kernel(
     tl.store(distances + row, total.to(distances.dtype.element_ty), mask=inside)
 
 
-def config_for(generation: int, dtype: torch.dtype, dims: int) -> tuple[Config, int]:
-    """The tile of the fast pass, and into how many programs its codes are split at most."""
-    known = max(key for key in CONFIGS if key <= generation)
-    tile = next(tile for largest, tile in CONFIGS[known][dtype] if dims <= largest)
-    return tile, MATCH_PROGRAMS[known]
+def known(generation: int) -> int:
+    """The newest generation in the tables that is not newer than this one."""
+    return max(key for key in CONFIGS if key <= generation)
+
+
+def match_tile(generation: int, dtype: torch.dtype, dims: int) -> Config:
+    return next(tile for largest, tile in CONFIGS[known(generation)][dtype] if dims <= largest)
 
 
 def vq_nearest(
@@ -361,12 +365,14 @@ def vq_nearest(
     if rows == 0:
         return distances, indices
 
-    tile, programs = config_for(generation(x), dtype, dims)
+    machine = known(generation(x))
+    tile = match_tile(machine, dtype, dims)
+    rescore_rows, rescore_codes = RESCORE_TILES[machine]
     padded_codes = triton.cdiv(codes, tile.codes) * tile.codes
     padded_dims = triton.cdiv(dims, tile.dims) * tile.dims
     row_tiles = triton.cdiv(rows, tile.rows)
     code_tiles = padded_codes // tile.codes
-    split_tiles = triton.cdiv(code_tiles, max(1, programs // row_tiles))
+    split_tiles = triton.cdiv(code_tiles, max(1, MATCH_PROGRAMS[machine] // row_tiles))
     splits = triton.cdiv(code_tiles, split_tiles)
 
     mean = codebook.mean(dim=0) if metric == "l2" else None
@@ -434,7 +440,7 @@ def vq_nearest(
             BLOCK=BLOCK_ROWS,
             **EXACT,
         )
-        _rescore_kernel[(min(triton.cdiv(rows, RESCORE_TILE[0]), RESCORE_PROGRAMS),)](
+        _rescore_kernel[(min(triton.cdiv(rows, rescore_rows), RESCORE_PROGRAMS),)](
             x,
             codebook,
             norms,
@@ -444,8 +450,8 @@ def vq_nearest(
             codes,
             dims,
             METRIC=kind,
-            BLOCK_M=RESCORE_TILE[0],
-            BLOCK_N=RESCORE_TILE[1],
+            BLOCK_M=rescore_rows,
+            BLOCK_N=rescore_codes,
             **EXACT,
         )
         _distance_kernel[(triton.cdiv(rows, DISTANCE_TILE[0]),)](
@@ -465,13 +471,14 @@ def vq_nearest(
 
 def compile_cases(generation: int) -> list[CompileCase]:
     cases = []
+    rescore_rows, rescore_codes = RESCORE_TILES[known(generation)]
     for metric, kind in METRICS.items():
         for type_, dtype in (("fp32", torch.float32), ("fp64", torch.float64)):
             pointer = f"*{type_}"
             name = f"{metric}-{type_}"
             mean = {"mean": pointer} if metric == "l2" else {}
             norms = {"norms": "*fp64"} if metric == "cosine" else {}
-            tile, _ = config_for(generation, dtype, 64)
+            tile = match_tile(generation, dtype, 64)
             cases += [
                 CompileCase(
                     name=f"pack-{name}",
@@ -560,8 +567,8 @@ def compile_cases(generation: int) -> list[CompileCase]:
                     },
                     constants={
                         "METRIC": kind,
-                        "BLOCK_M": RESCORE_TILE[0],
-                        "BLOCK_N": RESCORE_TILE[1],
+                        "BLOCK_M": rescore_rows,
+                        "BLOCK_N": rescore_codes,
                     },
                     options=EXACT,
                     instructions=("div.rn.f64",) if norms else (),
