@@ -82,11 +82,16 @@ inline ScalarType compute_dtype(ScalarType dtype) {
 template <class Body>
 void dispatch_float(ScalarType dtype, const char* op, const Body& body) {
   switch (dtype) {
-    case ScalarType::Float: return body(float{});
-    case ScalarType::Double: return body(double{});
-    case ScalarType::Half: return body(Half{});
-    case ScalarType::BFloat16: return body(BFloat16{});
-    default: STD_TORCH_CHECK(false, op, ": floating dtype float, double, half or bfloat16 needed");
+    case ScalarType::Float:
+      return body(float{});
+    case ScalarType::Double:
+      return body(double{});
+    case ScalarType::Half:
+      return body(Half{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": floating dtype float, double, half or bfloat16 needed");
   }
 }
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from fastzoo.reference.nms import round_down
 
-from .runtime import on_device_of
+from .runtime import EXACT, CompileCase, on_device_of
 
 # Boxes in a block (at most 64: its survivors are the bits of an int64) and warps, by type: the
 # largest that spill no registers.
@@ -162,6 +162,34 @@ def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torc
             BLOCK=block,
             KEPT_BITS=KEPT_BITS,
             num_warps=num_warps,
-            enable_fp_fusion=False,
+            **EXACT,
         )
     return kept[: progress.item() & KEPT_MASK]
+
+
+def compile_cases(generation: int) -> list[CompileCase]:
+    return [
+        CompileCase(
+            name=f"nms-{type_}",
+            kernel=_nms_kernel,
+            types={
+                "boxes": f"*{type_}",
+                "order": "*i64",
+                "threshold": f"*{type_}",
+                "kept_boxes": f"*{type_}",
+                "kept": "*i64",
+                "progress": "*i64",
+                "tickets": "*i64",
+                "n": "i32",
+            },
+            constants={"BLOCK": CONFIGS[dtype][0], "KEPT_BITS": KEPT_BITS},
+            options={"num_warps": CONFIGS[dtype][1], **EXACT},
+            instructions=(
+                f"div.rn.f{type_[2:]}",
+                "ld.global.gpu.acquire.b64",
+                "atom.global.gpu.release.exch.b64",
+                "ld.global.cg",
+            ),
+        )
+        for type_, dtype in (("fp32", torch.float32), ("fp64", torch.float64))
+    ]

@@ -1,11 +1,34 @@
-"""What every launcher needs to know about the device it launches on."""
+"""What launchers share: the device they launch on, and what the compile test must know."""
 
 import contextlib
 import functools
+from typing import Any, NamedTuple
 
 import torch
 
 INTERPRETER = 0
+
+# Launch options: no launch that decides an index or a keep may contract its arithmetic.
+EXACT = {"enable_fp_fusion": False}
+FUSED = {"enable_fp_fusion": True}
+
+
+class CompileCase(NamedTuple):
+    """One specialisation of a kernel, for the ahead-of-time compile test.
+
+    types: an argument's type in triton's notation, by name; arguments that are in neither table
+    are None. Pointers, and the integers named in `multiples`, are multiples of 16.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    multiples: tuple[str, ...] = ()
+    vector_loads: bool = False  # 16 bytes at a time
+    fused: bool = False  # may contract: decides nothing on its own
+    instructions: tuple[str, ...] = ()  # that must appear
 
 
 @functools.cache

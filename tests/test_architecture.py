@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "samplers": {"samplers", "ops"},
     "ops": {"ops", "reference", "kernels", "backends", "_native"},
     "reference": {"reference"},
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "reference"},
     "testing": {"testing", "ops", "reference", "fastzoo", "backends", "_native", "info"},
     "compat": {"compat", "ops", "reference"},
     "backends": {"_native"},

@@ -1,7 +1,7 @@
 // The plain greedy loop over boxes sorted by score, as torchvision's CPU kernel runs it: one
 // thread, one pair of boxes at a time, the threshold compared in double.
-#include <torch/library.h>
 #include <ATen/ATen.h>
+#include <torch/library.h>
 
 #include <algorithm>
 
@@ -11,7 +11,8 @@ template <class T>
 at::Tensor greedy(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold) {
   const at::Tensor columns = boxes.t().contiguous();
   const at::Tensor areas = (columns[2] - columns[0]) * (columns[3] - columns[1]);
-  const at::Tensor order = std::get<1>(scores.sort(/*stable=*/true, /*dim=*/0, /*descending=*/true));
+  const at::Tensor order =
+      std::get<1>(scores.sort(/*stable=*/true, /*dim=*/0, /*descending=*/true));
   const int64_t n = boxes.size(0);
   at::Tensor suppressed = at::zeros({n}, boxes.options().dtype(at::kByte));
   at::Tensor keep = at::empty({n}, boxes.options().dtype(at::kLong));

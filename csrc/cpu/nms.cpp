@@ -1,8 +1,7 @@
 #include "../math/nms.h"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../torch_abi.h"
@@ -47,8 +46,8 @@ std::vector<int32_t> order_by_falling_score(const Scores* scores, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     entries[i] = {math::falling_key(static_cast<T>(scores[i])), static_cast<int32_t>(i)};
   }
-  constexpr int64_t kFewEntries = 256;
-  if (n < kFewEntries) {
+  constexpr int64_t kFew = 256;
+  if (n < kFew) {
     std::sort(entries.begin(), entries.end(), [](const Entry<Key>& a, const Entry<Key>& b) {
       return a.key != b.key ? a.key < b.key : a.index < b.index;
     });
@@ -65,7 +64,8 @@ void run(NmsArgs<double>& args) { FASTZOO_SELECT_KERNEL(nms_double)(args); }
 
 Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
   const int64_t n = boxes.size(0);
-  STD_TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(), "nms: at most 2^31 - 1 boxes, got ", n);
+  // The kernel counts up to four entries a box in 32 bits.
+  STD_TORCH_CHECK(n < int64_t{1} << 30, "nms: fewer than 2^30 boxes needed, got ", n);
   const Tensor dense_boxes = torch::stable::contiguous(boxes);
   const Tensor dense_scores = torch::stable::contiguous(scores);
   Tensor kept;

@@ -3,6 +3,7 @@
 // the others are scored exactly. No N x K matrix is stored.
 #include "../math/vq.h"
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <optional>
@@ -26,6 +27,7 @@ constexpr int kPitch = kTile + 4;     // of a dimension there: aligned, its stor
 constexpr int kSide = 16;             // threads along a side of the tile
 constexpr int kEach = kTile / kSide;  // rows, and codes, of a thread
 constexpr int kPiece = 4;             // dimensions that a thread loads at once
+constexpr int kScanBlocks = 264;      // wanted at least: two for each unit of a large device
 constexpr int kPrepareBlocks = 512;   // at most
 
 template <class T>
@@ -112,9 +114,17 @@ struct TopTwo {
     }
   }
 
+  // Afterwards all `width` neighbouring lanes hold what they found together.
+  FASTZOO_DEVICE void merge_lanes(int width) {
+    for (int flip = width / 2; flip > 0; flip /= 2) {
+      const C other_best = shuffle_xor(best, flip);
+      const C other_second = shuffle_xor(second, flip);
+      merge(other_best, other_second, shuffle_xor(index, flip));
+    }
+  }
+
   FASTZOO_DEVICE void merge(C other_best, C other_second, int other_index) {
-    const bool tie = other_best == best;
-    const bool wins = other_best > best || (tie && other_index < index);
+    const bool wins = other_best > best || (other_best == best && other_index < index);
     second = math::maximum(math::minimum(best, other_best), math::maximum(second, other_second));
     best = math::maximum(best, other_best);
     index = wins ? other_index : index;
@@ -152,13 +162,13 @@ FASTZOO_DEVICE Vector<C, kPiece> load_row_piece(const T* row, const C* centre, i
   return piece;
 }
 
-// A block scores kTile rows against all codes, kTile at a time; a thread holds kEach x kEach
-// scores. `aligned`: rows of x are whole pieces at aligned addresses.
+// A block scores kTile rows against its share of the codes, kTile at a time; a thread holds
+// kEach x kEach scores. The codes are shared out along the grid's y. `aligned`: rows of x are whole
+// pieces at aligned addresses.
 template <class T, class C>
 __global__ void __launch_bounds__(kThreads)
     vq_scan(const T* x, const C* centre, const C* prepared, const C* offsets, int64_t rows,
-            int64_t dims, int64_t pitch, int code_tiles, bool aligned, C* best, C* second,
-            int64_t* indices) {
+            int64_t dims, int64_t pitch, int code_tiles, bool aligned, TopTwo<C>* found) {
   __shared__ Slab<C> x_slab;
   __shared__ Slab<C> code_slab;
   const int thread = threadIdx.x;
@@ -169,7 +179,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first_row = int64_t{blockIdx.x} * kTile;
 
   TopTwo<C> top[kEach];
-  for (int tile = 0; tile < code_tiles; ++tile) {
+  for (int tile = blockIdx.y; tile < code_tiles; tile += gridDim.y) {
     const int first_code = tile * kTile;
     C scores[kEach][kEach];
     const Vector<C, kEach> start = load_vector<kEach>(offsets + first_code + my_code);
@@ -223,27 +233,34 @@ __global__ void __launch_bounds__(kThreads)
 
 #pragma unroll
   for (int r = 0; r < kEach; ++r) {
-    for (int flip = kSide / 2; flip > 0; flip /= 2) {
-      const C other_best = shuffle_xor(top[r].best, flip);
-      const C other_second = shuffle_xor(top[r].second, flip);
-      top[r].merge(other_best, other_second, shuffle_xor(top[r].index, flip));
-    }
+    top[r].merge_lanes(kSide);
     const int64_t row = first_row + my_row + r;
-    if (thread % kSide == 0 && row < rows) {
-      best[row] = top[r].best;
-      second[row] = top[r].second;
-      indices[row] = top[r].index;
-    }
+    if (thread % kSide == 0 && row < rows) found[blockIdx.y * rows + row] = top[r];
   }
 }
 
-// A warp a row: accepts the fast pass's winner where the bound proves it, otherwise scores every
-// code exactly; then d of the winner.
+// The fast score of one code, by one thread.
+template <class T, class C>
+FASTZOO_DEVICE C fast_score(const T* row, const C* centre, const C* code, C start, int64_t dims,
+                            int64_t pitch, bool aligned) {
+  C score = start;
+  for (int64_t d = 0; d < pitch; d += kPiece) {
+    const Vector<C, kPiece> a = load_row_piece(row, centre, d, dims, aligned);
+    const Vector<C, kPiece> b = load_vector<kPiece>(code + d);
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) score = fused_multiply_add(a[i], b[i], score);
+  }
+  return score;
+}
+
+// A warp a row: accepts the fast pass's winner where the bound proves it, otherwise scores
+// exactly every code that the bound does not rule out; then d of the winner.
 template <class T, class C>
 __global__ void __launch_bounds__(kThreads)
-    vq_finish(Metric metric, const T* x, const T* codebook, const C* centre,
-              const uint64_t* norm_bits, const C* best, const C* second, int64_t rows,
-              int64_t codes, int64_t dims, int64_t* indices, C* distances) {
+    vq_finish(Metric metric, const T* x, const T* codebook, const C* centre, const C* prepared,
+              const C* offsets, const uint64_t* norm_bits, const TopTwo<C>* found, int shares,
+              int64_t rows, int64_t codes, int64_t dims, int64_t pitch, bool aligned,
+              int64_t* indices, C* distances) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
   if (row >= rows) return;
@@ -255,6 +272,9 @@ __global__ void __launch_bounds__(kThreads)
     };
   };
 
+  TopTwo<C> top;
+  if (lane < shares) top = found[lane * rows + row];
+  top.merge_lanes(kWarpSize);
   double squares = 0;
   for (int64_t d = lane; d < dims; d += kWarpSize) {
     const double value = centred(values[d], centre, d);
@@ -262,15 +282,16 @@ __global__ void __launch_bounds__(kThreads)
   }
   const double bound = math::score_bound(metric, dims, math::norm_above(warp_sum(squares), dims),
                                          math::bits_as<double>(*norm_bits), kUnit<C>, kSmallest<C>);
-  const double fast_best = best[row];
-  const bool proven =
-      static_cast<double>(second[row]) < fast_best - 2 * bound && fast_best < kInfinity<double>;
+  const double needed = top.best < kInfinity<C> ? top.best - 2 * bound : -kInfinity<double>;
 
-  int64_t winner = indices[row];
-  if (!proven) {
+  int64_t winner = top.index;
+  if (!(top.second < needed)) {
     double winning = 0;
-    winner = codes;  // of a lane that has no code
+    winner = codes;  // none yet
     for (int64_t k = lane; k < codes; k += kWarpSize) {
+      const C fast =
+          fast_score(values, centre, prepared + k * pitch, offsets[k], dims, pitch, aligned);
+      if (fast < needed) continue;
       const double score = math::exact_score(metric, x_at, code_at(k), dims);
       if (winner == codes || math::better(score, winning)) {
         winning = score;
@@ -354,8 +375,10 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook,
   const Tensor prepared = empty(x, {padded_codes, pitch}, compute);
   const Tensor offsets = empty(x, {padded_codes}, compute);
   const Tensor norm_bits = torch::stable::new_zeros(x, {1}, ScalarType::Long);
-  const Tensor best = empty(x, {rows}, compute);
-  const Tensor second = empty(x, {rows}, compute);
+  const unsigned row_blocks = blocks_for(rows, kTile);
+  const int code_tiles = static_cast<int>(padded_codes / kTile);
+  const int wanted_shares = static_cast<int>((kScanBlocks + row_blocks - 1) / row_blocks);
+  const int shares = std::min({wanted_shares, code_tiles, kWarpSize});
   const bool has_centre = metric == Metric::l2;
   const Tensor mean = has_centre ? mean_of_rows(book, compute) : empty(x, {0}, compute);
 
@@ -367,9 +390,9 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook,
     const C* centre = has_centre ? static_cast<const C*>(mean.const_data_ptr()) : nullptr;
     C* prepared_data = static_cast<C*>(prepared.mutable_data_ptr());
     C* offsets_data = static_cast<C*>(offsets.mutable_data_ptr());
-    C* best_data = static_cast<C*>(best.mutable_data_ptr());
-    C* second_data = static_cast<C*>(second.mutable_data_ptr());
-    int64_t* index_data = static_cast<int64_t*>(indices.mutable_data_ptr());
+    const Tensor found =
+        empty(x, {shares, rows, static_cast<int64_t>(sizeof(TopTwo<C>))}, ScalarType::Byte);
+    TopTwo<C>* found_data = static_cast<TopTwo<C>*>(found.mutable_data_ptr());
     uint64_t* norm_data = static_cast<uint64_t*>(norm_bits.mutable_data_ptr());
     const bool aligned =
         dims == pitch && reinterpret_cast<uintptr_t>(x_data) % Vector<T, kPiece>::kAlignment == 0;
@@ -379,13 +402,13 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook,
                   prepare_blocks < kPrepareBlocks ? prepare_blocks : kPrepareBlocks, kThreads,
                   metric, codebook_data, centre, codes, dims, padded_codes, pitch, prepared_data,
                   offsets_data, norm_data);
-    stream.launch("vq_scan", vq_scan<T, C>, blocks_for(rows, kTile), kThreads, x_data, centre,
-                  prepared_data, offsets_data, rows, dims, pitch,
-                  static_cast<int>(padded_codes / kTile), aligned, best_data, second_data,
-                  index_data);
+    stream.launch("vq_scan", vq_scan<T, C>, dim3(row_blocks, shares), kThreads, x_data, centre,
+                  prepared_data, offsets_data, rows, dims, pitch, code_tiles, aligned, found_data);
     stream.launch("vq_finish", vq_finish<T, C>, blocks_for(rows, kWarps), kThreads, metric, x_data,
-                  codebook_data, centre, norm_data, best_data, second_data, rows, codes, dims,
-                  index_data, static_cast<C*>(distances.mutable_data_ptr()));
+                  codebook_data, centre, prepared_data, offsets_data, norm_data, found_data, shares,
+                  rows, codes, dims, pitch, aligned,
+                  static_cast<int64_t*>(indices.mutable_data_ptr()),
+                  static_cast<C*>(distances.mutable_data_ptr()));
   });
   return {distances, indices};
 }

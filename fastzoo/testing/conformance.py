@@ -110,9 +110,9 @@ def _layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "sliced", wide[..., 1:-2]
 
 
-def _plain_samples(spec: OpSpec) -> list[Sample]:
+def _plain_samples(spec: OpSpec, dtype: torch.dtype = torch.float32) -> list[Sample]:
     """A few middle-sized samples, for checks that multiply them."""
-    plain = [s for s in spec.samples(torch.float32) if s.name.startswith("random-")]
+    plain = [s for s in spec.samples(dtype) if s.name.startswith("random-")]
     return plain[len(plain) // 2 : len(plain) // 2 + 3]
 
 
@@ -220,7 +220,9 @@ def check_gradients(spec: OpSpec, backend: str, device: str) -> None:
     if spec.differentiable is None:
         return
     for dtype in spec.dtypes:
-        for sample in spec.samples(dtype):
+        # Every sample in float32; elsewhere, where only the rounding differs, a few.
+        every = dtype == torch.float32
+        for sample in spec.samples(dtype) if every else _plain_samples(spec, dtype):
             tensors = [a for a in sample.args if isinstance(a, Tensor)]
             if not all(t.isfinite().all() for t in tensors) or "overflow" in sample.name:
                 continue

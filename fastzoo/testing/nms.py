@@ -33,6 +33,33 @@ def clustered_boxes(
     return (boxes.repeat_interleave(size, 0) + jitter).to(device), scores.to(device)
 
 
+def threshold_pairs(
+    pairs: int, threshold: float, *, seed: int = 0, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Pairs far from one another, each overlapping by a hair more or less than the threshold.
+
+    Widths of a pair differ by every ratio at which such an overlap exists: what a search for the
+    boxes that could suppress another must not miss.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(pairs, generator=generator, dtype=torch.double)
+
+    x, y, width, height = (uniform(*r) for r in ((-2e4, 2e4), (-2e4, 2e4), (4, 84), (4, 84)))
+    height = torch.where(uniform(0, 1) < 0.5, height, 30 * width)
+    ratio = torch.where(uniform(0, 1) < 0.7, 1 / threshold, uniform(threshold, 1 / threshold))
+    ratio = ratio * (1 - 1e-5)
+    hair = 10 ** -uniform(2, 7) * torch.where(uniform(0, 1) < 0.7, 1.0, -1.0)
+    wanted = threshold * (1 + hair)
+    shared = (wanted / (1 + wanted) * (1 + ratio)).minimum(ratio).clamp(max=1) * width
+    left = torch.where(uniform(0, 1) < 0.5, shared - ratio * width, width - shared) + x
+    first = torch.stack([x, y, x + width, y + height], 1)
+    second = torch.stack([left, y, left + ratio * width, y + height], 1)
+    scores = torch.rand(2 * pairs, generator=generator)
+    return torch.cat([first, second]).float().to(device), scores.to(device)
+
+
 def _lattice(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Small integer boxes and few score levels: overlaps tie with the threshold, scores tie."""
     generator = torch.Generator().manual_seed(seed)

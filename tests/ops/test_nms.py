@@ -11,7 +11,7 @@ import torch
 
 from fastzoo import _native, ops, reference
 from fastzoo.ops._operator import OPERATORS
-from fastzoo.testing.nms import clustered_boxes, random_boxes, samples
+from fastzoo.testing.nms import clustered_boxes, random_boxes, samples, threshold_pairs
 from tests.conftest import DEVICE, EMULATOR
 
 BACKENDS = [b for b in ("cpu", "cuda", "triton") if OPERATORS["nms"].refusal(b, DEVICE) is None]
@@ -91,6 +91,37 @@ def test_every_instruction_set_keeps_the_same(capability: str) -> None:
     for (boxes, scores), dtype, threshold in itertools.product(sets, dtypes, [0.0, 0.3, 0.5, 0.9]):
         case = boxes.to(dtype), scores.to(dtype), threshold
         assert torch.equal(ops.nms(*case, backend="cpu"), reference.nms(*case)), capability
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("threshold", [0.07, 0.1, 0.25, 0.3, 0.45, 0.5, 0.6, 0.75, 0.9])
+def test_no_overlap_at_the_threshold_is_missed(threshold: float, transposed: bool) -> None:
+    boxes, scores = threshold_pairs(900, threshold, seed=1)
+    if transposed:
+        boxes = boxes[:, [1, 0, 3, 2]]
+    expected = reference.nms(boxes, scores, threshold)
+    assert 950 < len(expected) < 1700  # both sides of the threshold are there
+    for dtype in (torch.float32, torch.float64):
+        found = ops.nms(boxes.to(dtype), scores.to(dtype), threshold, backend="cpu")
+        exact = reference.nms(boxes.to(dtype), scores.to(dtype), threshold)
+        assert torch.equal(found, exact), dtype
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_boxes_of_every_scale_among_one_another(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10 ** (torch.rand(1500, 1, generator=generator) * 7 - 3)
+    corner = (torch.rand(1500, 2, generator=generator) * 6 - 3) * scale
+    sides = (torch.rand(1500, 2, generator=generator) * 0.7 + 0.3) * scale
+    boxes = torch.cat([corner, corner + sides], 1)
+    boxes[::50] = torch.nan
+    boxes[1::50, 2:] = torch.inf
+    boxes[2::50] *= 1e-30
+    boxes[3::50] += 1e6
+    scores = torch.rand(1500, generator=generator)
+    for threshold in (0.1, 0.3, 0.5, 0.8):
+        expected = reference.nms(boxes, scores, threshold)
+        assert torch.equal(ops.nms(boxes, scores, threshold, backend="cpu"), expected)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the emulator is for machines without a GPU")

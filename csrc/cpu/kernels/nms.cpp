@@ -1,20 +1,20 @@
 // Greedy suppression. Boxes come by falling score; each is tested against the boxes kept so far
 // that could suppress it, a vector at a time, and joins them if none does.
 //
-// Which kept boxes could? Let the computed overlap of a and b exceed t, with areas that are
-// normal numbers, and let u be the unit round-off. Rounding is monotone, so the computed
-// intersection is at most either computed area, w at most either width and h at most either
-// height. The union then comes out at least (1 - 3u) max(area), so the intersection is at least
-// t (1 - 5u) max(area), and since h <= min(height), exactly taken
-//   w >= t' max(width)  with  t' = t (1 - 16u),  and the same for the heights.  Hence:
-// (1) the longer sides of a and b differ by at most the factor 1/t';
-// (2) the centres differ by at most (width_a + width_b)/2 - t' max(width) in x. Given width_b this
-//     is largest at width_a = width_b, or for t' < 1/2 at width_a = width_b / t':
-//     reach * width_b  with  reach = (1 - t') max(1, 1 / (2 t')).
-// So a kept box enters every cell within its reach of its centre, in a grid whose cells grow with
-// the power of two (the level) of its longer side; and a box looks into the one cell that holds
-// its centre, in each level that (1) allows. Cells are hashed into a table without keys: those
-// that share an entry are tested together, which costs time and changes no answer.
+// Which could? Say the computed overlap of a and b exceeds t > 0, their areas are normal numbers,
+// and u is the unit round-off. Rounding is monotone, so the computed w is at most either computed
+// width, h at most either height, and their product at most either area. The union then comes out
+// as at least (1 - 3u) (area_a + area_b - intersection). Solved for the intersection, and divided
+// by h, which is at most either height, this gives in exact terms
+//   w >= t' / (1 + t') (width_a + width_b)  where  t' = t (1 - 16u);  and so for the heights.
+// (1) As w <= min(width), the widths differ at most by the factor 1 / t'. So do the heights, and
+//     the longer sides.
+// (2) The centres' x differ by at most (width_a + width_b) / 2 - w, which is at most
+//     reach * width_b  where  reach = (1 - t') / (2 t'),  by putting in (1); and so for y.
+// So there is a grid for each power of two (the level) of the longer side, of cells in proportion
+// to it. A kept box is entered in the cells of its level within its reach of its centre; a box
+// looks into the one cell that holds its centre, in each level that (1) allows. Cells are hashed
+// into a table without keys: boxes of cells that share an entry are tested in vain, no more.
 #include "nms.h"
 
 #include <cstdlib>
@@ -25,29 +25,20 @@
 namespace fastzoo::cpu::FASTZOO_CPU_ISA {
 namespace {
 
-// Below this threshold a reach covers too many boxes for a grid to pay.
+// Below this threshold a reach holds too many boxes for the grid to pay.
 constexpr double kLowestGridThreshold = 1.0 / 16;
 
-// Centres are rounded to double: with coordinates at most kFarthest longer sides away from 0, by
-// less than 2^-20 of b's longer side together (a's is at most 16 times b's). kSlack of it covers
-// that, and the rounding of the ends of the reach.
+// Centres are rounded to double. Where no coordinate is farther from 0 than kFarthest longer sides,
+// the two together are off by less than 2^-20 of b's longer side, as a's is at most 16 times that.
+// A reach is widened by kSlack of the longer side, which covers this and its own rounding.
 constexpr double kFarthest = 0x1p28;
 constexpr double kSlack = 0x1p-16;
-
-// How many cells a reach covers at most, along an axis.
-#ifndef CA
-#define CA 2
-#endif
-#ifndef GN
-#define GN 32
-#endif
-constexpr int kCellsAcross = CA;
 
 template <class T>
 struct Limits;
 template <>
 struct Limits<float> {
-  static constexpr float smallest_area = 0x1p-120f;  // times kLowestGridThreshold is normal
+  static constexpr float smallest_area = 0x1p-120f;  // so that intersections are normal numbers
   static constexpr float largest_area = 0x1.fffffep+127f;
 };
 template <>
@@ -56,9 +47,9 @@ struct Limits<double> {
   static constexpr double largest_area = 0x1.fffffffffffffp+1023;
 };
 
-// Powers of two. All that is placed in the grid lies well within their range.
+// For positive normal numbers.
 FASTZOO_INLINE int level_of(double value) {
-  return static_cast<int>(math::bits_as<uint64_t>(value) >> 52 & 0x7ff) - 1023;
+  return static_cast<int>(math::bits_as<uint64_t>(value) >> 52) - 1023;
 }
 FASTZOO_INLINE double power_of_two(int exponent) {
   return math::bits_as<double>(static_cast<uint64_t>(exponent + 1023) << 52);
@@ -74,133 +65,150 @@ FASTZOO_INLINE math::Box<T> load_box(const T* p) {
   return {p[0], p[1], p[2], p[3], math::box_area(p[0], p[1], p[2], p[3])};
 }
 
-// With a threshold of at least 0 such a box neither suppresses nor is suppressed. A side that is
-// not positive, or an area of 0, makes every intersection 0 (or NaN); an infinite or NaN area
-// makes every overlap 0 or NaN.
+// At a threshold of at least 0, such a box neither suppresses nor is suppressed. A side that is
+// not positive, or an area of 0, makes every intersection 0 (or NaN); an area that is infinite or
+// NaN makes every overlap 0 or NaN.
 template <class T>
 FASTZOO_INLINE bool is_inert(const math::Box<T>& box) {
   return !(box.x2 > box.x1 && box.y2 > box.y1 && box.area > 0 &&
            box.area <= Limits<T>::largest_area);
 }
 
+// Where a box lies in the grid. The grid holds only boxes for which the reasoning above is valid.
 struct Place {
   double x, y, width, height, side;
   int level;
-  bool valid;
+  bool in_grid;
 };
 
 template <class T>
 FASTZOO_INLINE Place place_of(const math::Box<T>& box) {
-  Place place;
   const double x1 = box.x1, y1 = box.y1, x2 = box.x2, y2 = box.y2;
+  const double farthest = math::maximum(math::maximum(-x1, x2), math::maximum(-y1, y2));
+  Place place;
   place.x = (x1 + x2) * 0.5;
   place.y = (y1 + y2) * 0.5;
   place.width = x2 - x1;
   place.height = y2 - y1;
   place.side = math::maximum(place.width, place.height);
   place.level = level_of(place.side);
-  const double farthest = math::maximum(math::maximum(-x1, x2), math::maximum(-y1, y2));
-  place.valid = box.area >= Limits<T>::smallest_area && farthest <= kFarthest * place.side &&
-                place.side < 0x1p+900;
+  place.in_grid = box.area >= Limits<T>::smallest_area && place.side < 0x1p+900 &&
+                  farthest <= kFarthest * place.side;
   return place;
 }
 
-struct Cell {
-  uint32_t boxes;
-  uint32_t newest;  // block
-};
-
-// Blocks of one vector's width of kept boxes; the blocks of a cell are chained.
+// As many boxes as a vector has lanes; lanes not yet taken hold NaN, which suppresses nothing.
 template <class T>
 struct Block {
   static constexpr int size = Vec<T>::size;
   T x1[size], y1[size], x2[size], y2[size], area[size];
 };
 
+// A chain of blocks, of which only the newest may have lanes to spare.
+struct Cell {
+  uint32_t boxes;
+  uint32_t newest;
+};
+
 template <class T>
-class Kept {
+class KeptBoxes {
  public:
-  Kept(int64_t n, T threshold) : threshold_(threshold) {
-    use_grid_ = threshold >= kLowestGridThreshold && n > GN * Block<T>::size;
-    int64_t cells = 1;
-    int bits = 0;
-    int64_t most_blocks = n / Block<T>::size + 1;
-    if (use_grid_) {
-      const double t = threshold * (1 - 0x1p-10);
-      side_ratio_ = t;
-      reach_ = (1 - t) * math::maximum(1.0, 0.5 / t);
-      cells_per_side_ = (kCellsAcross - 1) / (4 * (reach_ + 2 * kSlack));
-      while (cells * 2 < n) cells *= 2, ++bits;
+  KeptBoxes(int64_t n, T threshold) : threshold_(threshold) {
+    // A handful of blocks is scanned in less time than it takes to find a cell.
+    has_grid_ = threshold >= kLowestGridThreshold && n > 32 * Block<T>::size;
+    int64_t cells = 0;
+    int64_t most_entries = n;
+    if (has_grid_) {
+      largest_ratio_ = 1 / (threshold * (1 - 0x1p-20));
+      reach_ = 0.5 * (largest_ratio_ - 1);
+      // Along an axis a reach is shorter than a cell, so it touches at most two.
+      cells_per_side_ = 1 / (4 * (reach_ + 2 * kSlack));
+      most_entries = 4 * n;
+      int bits = 1;
+      while (int64_t{Block<T>::size} << bits < 2 * n) ++bits;
       hash_shift_ = 64 - bits;
-      most_blocks = kCellsAcross * kCellsAcross * n / Block<T>::size + cells + 1;
+      cells = int64_t{1} << bits;
+      cells_ = static_cast<Cell*>(std::calloc(cells, sizeof(Cell)));
     }
-    cells_ = static_cast<Cell*>(std::calloc(cells, sizeof(Cell)));
+    // An upper bound; pages that are never touched cost nothing.
+    const int64_t most_blocks = most_entries / Block<T>::size + cells + 1;
     next_ = static_cast<uint32_t*>(std::malloc(most_blocks * sizeof(uint32_t)));
-    blocks_ = static_cast<Block<T>*>(std::aligned_alloc(64, round_up(most_blocks * sizeof(Block<T>))));
+    const int64_t bytes = most_blocks * static_cast<int64_t>(sizeof(Block<T>));
+    blocks_ = static_cast<Block<T>*>(std::aligned_alloc(kAlignment, round_up(bytes)));
   }
-  ~Kept() {
+  ~KeptBoxes() {
     std::free(cells_);
     std::free(next_);
     std::free(blocks_);
   }
-  Kept(const Kept&) = delete;
+  KeptBoxes(const KeptBoxes&) = delete;
+  KeptBoxes& operator=(const KeptBoxes&) = delete;
 
-  bool allocated() const { return cells_ != nullptr && next_ != nullptr && blocks_ != nullptr; }
+  bool out_of_memory() const {
+    return (has_grid_ && cells_ == nullptr) || next_ == nullptr || blocks_ == nullptr;
+  }
 
-  // Keeps the box, unless one kept before suppresses it.
+  // Keeps the box and says true, unless a box kept before suppresses it.
   __attribute__((always_inline)) bool add(const math::Box<T>& box) {
-    const math::Box<Vec<T>> wide = {Vec<T>(box.x1), Vec<T>(box.y1), Vec<T>(box.x2), Vec<T>(box.y2),
-                                    Vec<T>(box.area)};
-    if (use_grid_) {
+    const Wide wide = {Vec<T>(box.x1), Vec<T>(box.y1), Vec<T>(box.x2), Vec<T>(box.y2),
+                       Vec<T>(box.area)};
+    if (has_grid_) {
       const Place place = place_of(box);
-      if (place.valid) {
-        if (suppressed_near(place, wide)) return false;
-        insert_near(place, box);
+      if (place.in_grid) {
+        if (chain_suppresses(outside_grid_, wide) || grid_suppresses(place, wide)) return false;
+        enter_in_grid(box, place);
         return true;
       }
     }
-    for (uint32_t i = 0; i < block_count_; ++i) {
-      if (suppresses(i, wide)) return false;
+    for (uint32_t block = 0; block < block_count_; ++block) {
+      if (block_suppresses(block, wide)) return false;
     }
-    insert(unplaced_, box);
+    enter(box, outside_grid_);
     return true;
   }
 
  private:
-  static size_t round_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
+  using Wide = math::Box<Vec<T>>;
 
-  __attribute__((always_inline)) bool suppresses(uint32_t block, const math::Box<Vec<T>>& box) const {
-    const Block<T>& b = blocks_[block];
-    const math::Box<Vec<T>> kept = {Vec<T>::load(b.x1), Vec<T>::load(b.y1), Vec<T>::load(b.x2),
-                                    Vec<T>::load(b.y2), Vec<T>::load(b.area)};
+  static constexpr int64_t kAlignment = 64;
+  static int64_t round_up(int64_t bytes) { return (bytes + kAlignment - 1) & -kAlignment; }
+
+  __attribute__((always_inline)) bool block_suppresses(uint32_t index, const Wide& box) const {
+    const Block<T>& block = blocks_[index];
+    const Wide kept = {Vec<T>::load(block.x1), Vec<T>::load(block.y1), Vec<T>::load(block.x2),
+                       Vec<T>::load(block.y2), Vec<T>::load(block.area)};
     return greater(math::box_iou(kept, box), Vec<T>(threshold_)).any();
   }
 
-  __attribute__((always_inline)) bool suppresses(const Cell& cell, const math::Box<Vec<T>>& box) const {
+  __attribute__((always_inline)) bool chain_suppresses(const Cell& cell, const Wide& box) const {
     uint32_t block = cell.newest;
     for (uint32_t boxes = 0; boxes < cell.boxes; boxes += Block<T>::size) {
-      if (suppresses(block, box)) return true;
+      if (block_suppresses(block, box)) return true;
       block = next_[block];
     }
     return false;
   }
 
-  __attribute__((always_inline)) bool suppressed_near(const Place& place, const math::Box<Vec<T>>& box) const {
-    if (suppresses(unplaced_, box)) return true;
-    int low = level_of(place.side * side_ratio_);
-    int high = level_of(place.side / side_ratio_);
-    if (low < lowest_level_) low = lowest_level_;
-    if (high > highest_level_) high = highest_level_;
-    for (int level = low; level <= high; ++level) {
-      const double scale = cells_per_side_ * power_of_two(-level);
-      if (suppresses(cell(level, floor_of(place.x * scale), floor_of(place.y * scale)), box)) {
-        return true;
-      }
+  __attribute__((always_inline)) bool level_suppresses(int level, const Place& place,
+                                                       const Wide& box) const {
+    const double scale = cells_per_side_ * power_of_two(-level);
+    return chain_suppresses(cell(level, floor_of(place.x * scale), floor_of(place.y * scale)), box);
+  }
+
+  __attribute__((always_inline)) bool grid_suppresses(const Place& place, const Wide& box) const {
+    // Most boxes that are suppressed are so by one of their own level.
+    if (level_suppresses(place.level, place, box)) return true;
+    int level = level_of(place.side / largest_ratio_);
+    int last = level_of(place.side * largest_ratio_);
+    if (level < lowest_level_) level = lowest_level_;
+    if (last > highest_level_) last = highest_level_;
+    for (; level <= last; ++level) {
+      if (level != place.level && level_suppresses(level, place, box)) return true;
     }
     return false;
   }
 
-  __attribute__((always_inline)) void insert_near(const Place& place, const math::Box<T>& box) {
+  __attribute__((always_inline)) void enter_in_grid(const math::Box<T>& box, const Place& place) {
     if (place.level < lowest_level_) lowest_level_ = place.level;
     if (place.level > highest_level_) highest_level_ = place.level;
     const double scale = cells_per_side_ * power_of_two(-place.level);
@@ -211,7 +219,7 @@ class Kept {
     const int64_t top = floor_of((place.y - reach_y) * scale);
     const int64_t bottom = floor_of((place.y + reach_y) * scale);
     for (int64_t y = top; y <= bottom; ++y) {
-      for (int64_t x = left; x <= right; ++x) insert(cell(place.level, x, y), box);
+      for (int64_t x = left; x <= right; ++x) enter(box, cell(place.level, x, y));
     }
   }
 
@@ -223,21 +231,22 @@ class Kept {
     return cells_[key * 0xd6e8feb86659fd93u >> hash_shift_];
   }
 
-  __attribute__((always_inline)) void insert(Cell& cell, const math::Box<T>& box) {
+  __attribute__((always_inline)) void enter(const math::Box<T>& box, Cell& cell) {
     const int lane = static_cast<int>(cell.boxes % Block<T>::size);
     if (lane == 0) {
-      const Vec<T> nan(static_cast<T>(__builtin_nan("")));
-      Block<T>& fresh = blocks_[block_count_];
-      nan.store(fresh.x1);
-      nan.store(fresh.y1);
-      nan.store(fresh.x2);
-      nan.store(fresh.y2);
-      nan.store(fresh.area);
       next_[block_count_] = cell.newest;
       cell.newest = block_count_++;
     }
     ++cell.boxes;
     Block<T>& block = blocks_[cell.newest];
+    if (lane == 0) {
+      const Vec<T> nan(static_cast<T>(__builtin_nan("")));
+      nan.store(block.x1);
+      nan.store(block.y1);
+      nan.store(block.x2);
+      nan.store(block.y2);
+      nan.store(block.area);
+    }
     block.x1[lane] = box.x1;
     block.y1[lane] = box.y1;
     block.x2[lane] = box.x2;
@@ -246,38 +255,43 @@ class Kept {
   }
 
   const T threshold_;
-  bool use_grid_;
-  double side_ratio_ = 0;
+  bool has_grid_;
+  double largest_ratio_ = 0;  // of longer sides: 1 / t'
   double reach_ = 0;
-  double cells_per_side_ = 0;  // of 1 at level 0
+  double cells_per_side_ = 0;  // of length 1, at level 0
   int hash_shift_ = 0;
-  int lowest_level_ = 2000;
+  int lowest_level_ = 2000;  // entered so far
   int highest_level_ = -2000;
-  Cell unplaced_ = {0, 0};  // boxes that the grid cannot hold, or all where there is none
-  Cell* cells_;
+  Cell* cells_ = nullptr;
+  Cell outside_grid_ = {0, 0};  // what the grid cannot hold; without a grid, all
+  uint32_t block_count_ = 0;
   uint32_t* next_;
   Block<T>* blocks_;
-  uint32_t block_count_ = 0;
 };
 
 template <class T>
 FASTZOO_INLINE void nms(NmsArgs<T>& args) {
-  // No overlap exceeds 1: the union comes out at least as large as the intersection.
+  // No overlap exceeds 1, as no union comes out smaller than the intersection.
   if (!(args.threshold < 1)) {
     args.kept = args.n;
     return;
   }
-  Kept<T> kept(args.n, args.threshold);
-  if (!kept.allocated()) {
+  KeptBoxes<T> kept(args.n, args.threshold);
+  if (kept.out_of_memory()) {
     args.kept = -1;
     return;
   }
-  const bool inert_matters = args.threshold < 0;
+  const bool inert_boxes_matter = args.threshold < 0;
   args.kept = 0;
   for (int64_t i = 0; i < args.n; ++i) {
+    // The order by score is no order in memory.
+    constexpr int64_t kAhead = 8;
+    if (i + kAhead < args.n) {
+      __builtin_prefetch(args.boxes + static_cast<int64_t>(args.order[i + kAhead]) * 4);
+    }
     const int32_t index = args.order[i];
     const math::Box<T> box = load_box(args.boxes + static_cast<int64_t>(index) * 4);
-    if ((is_inert(box) && !inert_matters) || kept.add(box)) args.order[args.kept++] = index;
+    if ((is_inert(box) && !inert_boxes_matter) || kept.add(box)) args.order[args.kept++] = index;
   }
 }
 

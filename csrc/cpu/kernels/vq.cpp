@@ -33,10 +33,14 @@ struct Limits<double> {
 template <class Body>
 FASTZOO_INLINE void with_element(Dtype dtype, const Body& body) {
   switch (dtype) {
-    case Dtype::float32: return body(float{});
-    case Dtype::float64: return body(double{});
-    case Dtype::float16: return body(Half{});
-    case Dtype::bfloat16: return body(BFloat16{});
+    case Dtype::float32:
+      return body(float{});
+    case Dtype::float64:
+      return body(double{});
+    case Dtype::float16:
+      return body(Half{});
+    case Dtype::bfloat16:
+      return body(BFloat16{});
   }
 }
 
@@ -209,10 +213,12 @@ struct Codes {
   }
 };
 
+// One tile's scores of one row, kept because some of its codes could be the answer.
 template <class T>
-struct Candidate {
-  T score;
-  int32_t code;
+struct Candidates {
+  int32_t code;  // the tile's first
+  T top;         // the highest score
+  T scores[TileGemm<T>::kRows];
 };
 
 // The state of the rows of one block, one slot a row.
@@ -222,7 +228,7 @@ struct Rows {
   using V = Vec<T>;
   using Gemm = TileGemm<T>;
 
-  static constexpr int kCandidates = 16;
+  static constexpr int kTiles = 8;  // kept for one row
   static constexpr int64_t kBlockRows = 512;
   static constexpr int64_t kBlockBytes = 512 << 10;
   static constexpr int64_t kAllBlocksBytes = 8 << 20;
@@ -234,8 +240,8 @@ struct Rows {
   T* margin;     // twice the bound
   T* threshold;  // best - margin: a code below it cannot be the answer
   int32_t* counts;
-  Candidate<T>* candidates;  // [rows][kCandidates]
-  Winner* winners;           // among the codes already scored exactly
+  Candidates<T>* candidates;  // [rows][kTiles]
+  Winner* winners;            // among the codes already scored exactly
 
   // A multiple of the panel, small enough for the block to stay in cache.
   static int64_t block_rows(const VqArgs& args) {
@@ -248,7 +254,7 @@ struct Rows {
 
   static int64_t bytes(const VqArgs& args) {
     const int64_t a_row = (args.dims + 3) * sizeof(T) + sizeof(int32_t) +
-                          kCandidates * sizeof(Candidate<T>) + sizeof(Winner);
+                          kTiles * sizeof(Candidates<T>) + sizeof(Winner);
     return block_rows(args) * a_row;
   }
 
@@ -266,7 +272,7 @@ struct Rows {
     margin = reinterpret_cast<T*>(take(count * sizeof(T)));
     threshold = reinterpret_cast<T*>(take(count * sizeof(T)));
     winners = reinterpret_cast<Winner*>(take(count * sizeof(Winner)));
-    candidates = reinterpret_cast<Candidate<T>*>(take(count * kCandidates * sizeof(Candidate<T>)));
+    candidates = reinterpret_cast<Candidates<T>*>(take(count * kTiles * sizeof(Candidates<T>)));
     counts = reinterpret_cast<int32_t*>(take(count * sizeof(int32_t)));
   }
 
@@ -313,8 +319,8 @@ struct Rows {
     const VqArgs& args = codes.args;
     const double a = math::norm_above(square, args.dims);
     const double b = args.largest_norm;
-    const double bound = math::score_bound(args.metric, args.dims, a, b, Limits<T>::unit,
-                                           Limits<T>::smallest);
+    const double bound =
+        math::score_bound(args.metric, args.dims, a, b, Limits<T>::unit, Limits<T>::smallest);
     const double size = args.metric == Metric::l2 ? (a + b) * (a + b) / 2 : a * b;
     // The subtraction best - margin rounds too; size bounds both of its ends.
     const double wanted = (2 * bound + 2 * Limits<T>::unit * (size + 2 * bound)) * (1 + 0x1p-20);
@@ -325,46 +331,81 @@ struct Rows {
     return true;
   }
 
-  // Keeps what a tile has above the thresholds.
-  __attribute__((noinline)) void record(int64_t code, int64_t slot,
-                                        const T (&scores)[Gemm::kRows][Gemm::kColumns]) const {
-    for (int j = 0; j < Gemm::kColumns; j += V::size) {
-      V top = V::load(best + slot + j);
-      for (int i = 0; i < Gemm::kRows; ++i) top = maximum(top, V::load(scores[i] + j));
-      top.store(best + slot + j);
-      // Codes out of the running score -inf and stay below the lowest finite number.
-      const V bar = maximum(V(Limits<T>::lowest), top - V::load(margin + slot + j));
-      bar.store(threshold + slot + j);
-      for (int i = 0; i < Gemm::kRows; ++i) {
-        uint32_t lanes = not_less(V::load(scores[i] + j), bar).bits;
-        for (; lanes != 0; lanes &= lanes - 1) {
-          const int lane = j + __builtin_ctz(lanes);
-          append(slot + lane, {scores[i][lane], static_cast<int32_t>(code + i)});
-        }
-      }
+  // The epilogue: most tiles hold nothing that could be an answer, and cost one branch.
+  __attribute__((always_inline)) void meet(int64_t code, int64_t slot,
+                                           const typename Gemm::Tile& tile) const {
+    V top[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      top[j] = tile[0][j];
+#pragma GCC unroll 16
+      for (int i = 1; i < Gemm::kRows; ++i) top[j] = maximum(top[j], tile[i][j]);
+    }
+    const uint32_t hits = not_less(top[0], V::load(threshold + slot)).bits |
+                          not_less(top[1], V::load(threshold + slot + V::size)).bits << V::size;
+    if (__builtin_expect(hits == 0, 1)) return;
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const int64_t lane = slot + j * V::size;
+      const V highest = maximum(V::load(best + lane), top[j]);
+      highest.store(best + lane);
+      // Codes out of the race score -inf and stay below the lowest finite number.
+      maximum(V(Limits<T>::lowest), highest - V::load(margin + lane)).store(threshold + lane);
+    }
+    alignas(kVectorBytes) T scores[Gemm::kRows + 1][Gemm::kColumns];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Gemm::kRows; ++i) tile[i][j].store(scores[i] + j * V::size);
+      top[j].store(scores[Gemm::kRows] + j * V::size);
+    }
+    keep(code, slot, hits, scores);
+  }
+
+  __attribute__((noinline)) void keep(int64_t code, int64_t slot, uint32_t hits,
+                                      const T (*scores)[Gemm::kColumns]) const {
+    for (; hits != 0; hits &= hits - 1) {
+      const int lane = __builtin_ctz(hits);
+      Candidates<T>* const list = candidates + (slot + lane) * kTiles;
+      int32_t& count = counts[slot + lane];
+      // As a rule the new best beats the one before it, and the list stays short.
+      count -= count > 0 && list[count - 1].top < threshold[slot + lane];
+      if (count == kTiles) make_room(slot + lane);
+      Candidates<T>& kept = list[count++];
+      kept.code = static_cast<int32_t>(code);
+      kept.top = scores[Gemm::kRows][lane];
+      for (int i = 0; i < Gemm::kRows; ++i) kept.scores[i] = scores[i][lane];
     }
   }
 
-  void append(int64_t slot, Candidate<T> candidate) const {
-    candidates[slot * kCandidates + counts[slot]] = candidate;
-    if (++counts[slot] < kCandidates) return;
-    drop_beaten(slot);
-    if (counts[slot] == kCandidates) settle(slot);
-  }
-
-  void drop_beaten(int64_t slot) const {
-    Candidate<T>* list = candidates + slot * kCandidates;
+  void make_room(int64_t slot) const {
+    Candidates<T>* const list = candidates + slot * kTiles;
     int kept = 0;
     for (int i = 0; i < counts[slot]; ++i) {
-      if (!(list[i].score < threshold[slot])) list[kept++] = list[i];
+      if (!(list[i].top < threshold[slot])) list[kept++] = list[i];
     }
     counts[slot] = kept;
+    if (kept < kTiles) return;
+    int32_t survivors[kTiles * Gemm::kRows + 1];
+    settle(slot, survivors, survive(slot, survivors));
   }
 
-  // Scores the candidates exactly and keeps the winner alone.
-  void settle(int64_t slot) const {
-    const Candidate<T>* list = candidates + slot * kCandidates;
-    consider(slot, counts[slot], [&](int64_t i) { return list[i].code; });
+  // The codes that the threshold leaves, in ascending order.
+  int survive(int64_t slot, int32_t* survivors) const {
+    int count = 0;
+    for (int t = 0; t < counts[slot]; ++t) {
+      const Candidates<T>& tile = candidates[slot * kTiles + t];
+      for (int i = 0; i < Gemm::kRows; ++i) {
+        survivors[count] = tile.code + i;
+        count += !(tile.scores[i] < threshold[slot]);
+      }
+    }
+    return count;
+  }
+
+  // Scores the survivors exactly and keeps the winner alone.
+  void settle(int64_t slot, const int32_t* survivors, int count) const {
+    consider(slot, count, [&](int64_t i) { return survivors[i]; });
     counts[slot] = 0;
   }
 
@@ -400,10 +441,10 @@ struct Rows {
       consider(slot, args.codes, [](int64_t i) { return i; });
       return winners[slot].code;
     }
-    drop_beaten(slot);
-    const bool proven = counts[slot] == 1 && winners[slot].code < 0 && args.loose_count == 0;
-    if (proven) return candidates[slot * kCandidates].code;
-    settle(slot);
+    int32_t survivors[kTiles * Gemm::kRows + 1];
+    const int count = survive(slot, survivors);
+    if (count == 1 && winners[slot].code < 0 && args.loose_count == 0) return survivors[0];
+    settle(slot, survivors, count);
     consider(slot, args.loose_count, [&](int64_t i) { return args.loose[i]; });
     return winners[slot].code;
   }
@@ -434,36 +475,15 @@ template <class Element>
 void lookup(const VqArgs& args, int64_t begin, int64_t end, void* workspace) {
   using T = typename ComputeOf<Element>::type;
   using Gemm = TileGemm<T>;
-  using V = Vec<T>;
   const Codes<Element> codes{args};
   Rows<Element> rows(codes, workspace);
   const int64_t block = Rows<Element>::block_rows(args);
   for (rows.first = begin; rows.first < end; rows.first += block) {
     const int64_t count = end - rows.first < block ? end - rows.first : block;
     rows.begin(count);
-    const T* threshold = rows.threshold;
     Gemm::run(codes.panels, args.codes, rows.panels, count, args.dims,
-              [&rows, threshold](int64_t code, int64_t slot, const typename Gemm::Tile& tile)
-                  __attribute__((always_inline)) {
-                    V top0 = tile[0][0];
-                    V top1 = tile[0][1];
-#pragma GCC unroll 16
-                    for (int i = 1; i < Gemm::kRows; ++i) {
-                      top0 = maximum(top0, tile[i][0]);
-                      top1 = maximum(top1, tile[i][1]);
-                    }
-                    const uint32_t hits =
-                        not_less(top0, V::load(threshold + slot)).bits |
-                        not_less(top1, V::load(threshold + slot + V::size)).bits;
-                    if (__builtin_expect(hits == 0, 1)) return;
-                    alignas(kVectorBytes) T scores[Gemm::kRows][Gemm::kColumns];
-#pragma GCC unroll 16
-                    for (int i = 0; i < Gemm::kRows; ++i) {
-                      tile[i][0].store(scores[i]);
-                      tile[i][1].store(scores[i] + V::size);
-                    }
-                    rows.record(code, slot, scores);
-                  });
+              [&rows](int64_t code, int64_t slot, const typename Gemm::Tile& tile)
+                  __attribute__((always_inline)) { rows.meet(code, slot, tile); });
     for (int64_t slot = 0; slot < count; ++slot) {
       const int64_t row = rows.first + slot;
       const int64_t index = rows.answer(slot);
@@ -482,9 +502,12 @@ struct Slope {
 
   double at(double u, double v) const {
     switch (metric) {
-      case Metric::l2: return weight * (v - u);
-      case Metric::dot: return weight * v;
-      case Metric::cosine: break;
+      case Metric::l2:
+        return weight * (v - u);
+      case Metric::dot:
+        return weight * v;
+      case Metric::cosine:
+        break;
     }
     return weight * v - shrink * u;
   }
@@ -495,9 +518,12 @@ struct Slope {
 template <class Element>
 Slope slope(const VqBackwardArgs& args, double grad, const Element* own, const Element* other) {
   switch (args.metric) {
-    case Metric::l2: return {Metric::l2, -2 * grad, 0};
-    case Metric::dot: return {Metric::dot, grad, 0};
-    case Metric::cosine: break;
+    case Metric::l2:
+      return {Metric::l2, -2 * grad, 0};
+    case Metric::dot:
+      return {Metric::dot, grad, 0};
+    case Metric::cosine:
+      break;
   }
   double dot = 0, own_square = 0, other_square = 0;
   dot = wide_sum(args.dims, [&](int64_t k) {
@@ -535,9 +561,8 @@ void vq_plan(const VqArgs& args, VqPlan& plan) {
 }
 
 void vq_centre(const VqArgs& args, int64_t begin, int64_t end) {
-  with_element(args.dtype, [&](auto element) {
-    Codes<decltype(element)>{args}.find_centre(begin, end);
-  });
+  with_element(args.dtype,
+               [&](auto element) { Codes<decltype(element)>{args}.find_centre(begin, end); });
 }
 
 void vq_pack(const VqArgs& args, int64_t begin, int64_t end) {
@@ -554,9 +579,8 @@ void vq_select(VqArgs& args, int32_t* table, int64_t table_size) {
 }
 
 void vq_lookup(const VqArgs& args, int64_t begin, int64_t end, void* workspace) {
-  with_element(args.dtype, [&](auto element) {
-    lookup<decltype(element)>(args, begin, end, workspace);
-  });
+  with_element(args.dtype,
+               [&](auto element) { lookup<decltype(element)>(args, begin, end, workspace); });
 }
 
 void vq_backward_x(const VqBackwardArgs& args, int64_t begin, int64_t end) {

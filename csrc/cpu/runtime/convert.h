@@ -27,7 +27,7 @@ FASTZOO_INLINE float widen(Half value) {
 #endif
 }
 
-// narrow(value, element): rounds to the nearest element, ties to even.
+// narrow(value, element): rounds to float, then to the element; ties to even.
 FASTZOO_INLINE void narrow(double value, float& element) { element = static_cast<float>(value); }
 FASTZOO_INLINE void narrow(double value, double& element) { element = value; }
 

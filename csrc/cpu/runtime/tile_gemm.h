@@ -47,8 +47,8 @@ struct TileGemm {
     }
   }
 
-  // Calls epilogue(m, n, tile) for every tile, tile[i][j] holding result[m + i][n + j * V::size ..].
-  // For one n, the m ascend; within a block of left, every n is visited before the next block.
+  // Calls epilogue(m, n, tile) for every tile, tile[i][j] holding result[m + i][n + j * V::size
+  // ..]. For one n, the m ascend; within a block of left, every n is visited before the next block.
   template <class Epilogue>
   __attribute__((always_inline)) static void run(const T* left, int64_t left_rows, const T* right,
                                                  int64_t right_rows, int64_t depth,
@@ -77,11 +77,16 @@ struct TileGemm {
 template <int kCount, class T, class Load>
 FASTZOO_INLINE void pack_lines(T* lines, int64_t first, int64_t rows, int64_t depth,
                                const Load& load) {
-  const int64_t valid = rows - first < kCount ? rows - first : kCount;
+  if (rows - first >= kCount) {
+    for (int64_t k = 0; k < depth; ++k) {
+      for (int i = 0; i < kCount; ++i) lines[k * kCount + i] = load(first + i, k);
+    }
+    return;
+  }
   for (int64_t k = 0; k < depth; ++k) {
-    T* line = lines + k * kCount;
-    for (int64_t i = 0; i < valid; ++i) line[i] = load(first + i, k);
-    for (int64_t i = valid; i < kCount; ++i) line[i] = T(0);
+    for (int i = 0; i < kCount; ++i) {
+      lines[k * kCount + i] = first + i < rows ? load(first + i, k) : T(0);
+    }
   }
 }
 
