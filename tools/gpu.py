@@ -52,6 +52,13 @@ NEEDED = {
     "triton": "3.6",
 }
 
+SHOW_INFO = """
+import sys, fastzoo
+info = fastzoo.info()
+print(info)
+sys.exit(info.operators["nms"]["cuda"])  # the reason why not, and status 1
+"""
+
 # Small inputs: compute-sanitizer slows a kernel down by a factor of 10 to 100.
 SANITIZED = """
 import sys, torch, fastzoo
@@ -184,7 +191,9 @@ def read_marker(marker: Path) -> dict[str, Any]:
 
 
 def source_fingerprint() -> str:
-    digest = hashlib.sha256()
+    """What a step's result holds for: these sources, built for this Python and torch."""
+    torch_version = importlib.metadata.version("torch")
+    digest = hashlib.sha256(f"{sys.executable}\0{torch_version}\0".encode())
     for name in SOURCES:
         top = ROOT / name
         for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
@@ -197,9 +206,9 @@ def command(*words: str, **variables: str) -> Run:
     """A step that runs a command and shows its output as it comes."""
 
     def run(line: Line, seconds: float) -> None:
-        status, _ = execute(words, line, seconds, variables)
+        status, said = execute(words, line, seconds, variables)
         if status != 0:
-            raise RuntimeError(f"{' '.join(words[:4])} exited {status}")
+            raise RuntimeError(f"exited {status}: {said[-1] if said else 'no output'}")
 
     return run
 
@@ -263,7 +272,7 @@ def build_steps(line: Line) -> Iterator[Step]:
     }
     pip = (sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps")
     yield Step("install", command(*pip, "-v", "-e", ".", **variables))
-    yield Step("info", command(sys.executable, "-m", "fastzoo", "info"))
+    yield Step("info", command(sys.executable, "-c", SHOW_INFO))
 
 
 def check_tools(line: Line, seconds: float) -> None:

@@ -177,9 +177,9 @@ def test_a_command_is_stopped_with_its_children_at_the_limit(gpu: ModuleType) ->
     assert lines[1:] == ["begun"]
 
 
-def test_a_command_that_fails_is_named(gpu: ModuleType) -> None:
-    with pytest.raises(RuntimeError, match="sh -c exit 7 exited 7"):
-        gpu.command("sh", "-c", "exit 7")(print, 30.0)
+def test_a_command_that_fails_gives_its_last_line_as_the_reason(gpu: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match="exited 7: it broke"):
+        gpu.command("sh", "-c", "echo begun; echo it broke >&2; exit 7")(print, 30.0)
 
 
 def test_lacking_packages_are_named_with_their_versions(
