@@ -51,7 +51,7 @@ def dump(library: Path, *options: str) -> str:
 def functions(text: str, start: str) -> dict[str, str]:
     """Text of a dump by function name."""
     parts = re.split(start, text)[1:]
-    return {name: body for name, body in zip(parts[::2], parts[1::2], strict=True)}
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def test_nothing_spills(build: tuple[Path, str]) -> None:
