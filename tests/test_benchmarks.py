@@ -127,6 +127,22 @@ def test_report_of_several_machines(tmp_path: Path) -> None:
     assert (tmp_path / "images" / "benchmarks-cpu-nms.png").stat().st_size > 1000
 
 
+def test_summary_of_the_readme_starts_with_the_smallest_ratio(tmp_path: Path) -> None:
+    own = [_timed(case, "fastzoo", "auto", 1.0) for case in ("a", "b")]
+    peers = [_timed("a", "peer", "peer", 9.0), _timed("b", "peer", "peer", 4.0)]
+    results.save(tmp_path, _report(*own, *peers), partial=False)
+    readme = tmp_path / "README.md"
+    marks = report._SUMMARY_BEGIN, report._SUMMARY_END
+    readme.write_text(f"before\n{marks[0]}\nold\n{marks[1]}\nafter\n")
+    for _ in range(2):  # writing again changes nothing
+        report.write_summary(tmp_path, readme)
+        text = readme.read_text()
+        assert text.index("4.00x") < text.index("9.00x")
+        assert text.startswith(f"before\n{marks[0]}")
+        assert text.endswith(f"{marks[1]}\nafter\n")
+        assert "old" not in text
+
+
 def test_partial_results_are_merged_on_one_machine_only(tmp_path: Path) -> None:
     first, second = (_timed(case, "fastzoo cpu", "auto", 1.0) for case in ("1 box", "9 boxes"))
     path = results.save(tmp_path, {**_report(first, second), "ceilings": {}}, partial=False)
