@@ -16,7 +16,8 @@ test: lint ctest ## the fast set: C++ tests, then pytest with every backend
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: lint ctest ## also ahead-of-time compiles, CUDA wheel and sweeps
-	$(BIN)/python -m pytest
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/aot/test_triton_aot.py
 
 .PHONY: ctest
 ctest: $(VENV)/test.stamp

@@ -106,6 +106,9 @@ def _write_report(folder: Path, target: Path) -> int:
         return 0
     report.write(folder, target)
     print(f"wrote {target}")
+    if target.parent == _ROOT / "docs":
+        report.write_summary(folder, _ROOT / "README.md")
+        print("wrote the table of README.md")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: tables and plots of all results."""
+"""docs/benchmarks.md: tables and plots of all results; and the table of README.md."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 from benchmarks.results import Record, cases, default_row, load, ratios, row_of
 
 _NOTHING = "-"
+_SUMMARY_BEGIN = "<!-- measured: written by python -m benchmarks -->"
+_SUMMARY_END = "<!-- /measured -->"
 
 _HEAD = """# Benchmarks
 
@@ -33,6 +35,33 @@ def write(folder: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     sections = [section for report in reports for section in _sections(report, target.parent)]
     target.write_text("\n".join([_HEAD, *sections]))
+
+
+def write_summary(folder: Path, readme: Path) -> None:
+    """Rewrite the table between README's markers: every case, smallest ratio first."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        report = load(path)
+        machine = report["machine"]
+        found = []
+        for op in dict.fromkeys(row["op"] for row in report["rows"]):
+            for case in cases(report, op):
+                best = next(iter(ratios(report, op, case).items()), None)
+                row = default_row(report, op, case)
+                if best and row:
+                    found.append((best[1], op, case, row["seconds"], best[0]))
+        rows = [
+            [f"`{op}` {case}", time_text(seconds), peer, f"**{ratio_text(ratio)}**"]
+            for ratio, op, case, seconds, peer in sorted(found)
+        ]
+        table = _table(["case", "fastzoo", "best peer", "its time over fastzoo's"], rows)
+        parts.append(
+            f"{machine['device']}, {machine['threads']} threads, smallest first:\n\n{table}"
+        )
+    before, _, rest = readme.read_text().partition(_SUMMARY_BEGIN)
+    _, _, after = rest.partition(_SUMMARY_END)
+    body = "\n".join(parts)
+    readme.write_text(f"{before}{_SUMMARY_BEGIN}\n\n{body}\n{_SUMMARY_END}{after}")
 
 
 def _sections(report: Record, folder: Path) -> list[str]:

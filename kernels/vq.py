@@ -29,8 +29,8 @@ RESCORE_PROGRAMS = 1024
 DISTANCE_TILE = (32, 32)  # rows, dimensions
 
 
-class Config(NamedTuple):
-    """The tile of the fast pass."""
+class Tile(NamedTuple):
+    """What a program of the fast pass holds at a time, and how it is compiled."""
 
     rows: int
     codes: int
@@ -39,19 +39,19 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By generation and type: (largest D, its tile), rising.
-CONFIGS = {
+# By generation and type, in rising order: up to which D, the tile.
+TILES = {
     INTERPRETER: {
-        torch.float32: ((float("inf"), Config(32, 64, 32, 4, 1)),),
-        torch.float64: ((float("inf"), Config(32, 64, 32, 4, 1)),),
+        torch.float32: ((float("inf"), Tile(32, 64, 32, 4, 1)),),
+        torch.float64: ((float("inf"), Tile(32, 64, 32, 4, 1)),),
     },
     8: {
-        torch.float32: ((float("inf"), Config(128, 128, 16, 8, 2)),),
-        torch.float64: ((float("inf"), Config(64, 64, 16, 4, 2)),),
+        torch.float32: ((float("inf"), Tile(128, 128, 16, 8, 2)),),
+        torch.float64: ((float("inf"), Tile(64, 64, 16, 4, 2)),),
     },
 }
-CONFIGS[9] = CONFIGS[8]
-CONFIGS[10] = CONFIGS[8]
+TILES[9] = TILES[8]
+TILES[10] = TILES[8]
 
 # The fast pass splits the codes until there are this many programs, or a tile each.
 MATCH_PROGRAMS = {INTERPRETER: 8, 8: 216, 9: 264, 10: 296}
@@ -104,6 +104,7 @@ def _pack_kernel(
     BLOCK: tl.constexpr,
 ):
     dtype = packed.dtype.element_ty
+    stride = tl.cast(padded_codes, tl.int64)
     code = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = code < codes
     source = codebook + code * dims
@@ -125,11 +126,11 @@ def _pack_kernel(
         if METRIC == COSINE:
             c = (c.to(tl.float64) / norm).to(dtype)
         tl.store(target, c)
-        target += padded_codes
+        target += stride
         square = square + c.to(tl.float64) * c.to(tl.float64)
     for _ in range(dims, padded_dims):
         tl.store(target, tl.zeros((BLOCK,), dtype))
-        target += padded_codes
+        target += stride
     # Nothing is proven of a code whose norm overflowed.
     square = tl.where(norm < float("inf"), square, float("inf"))
     tl.store(squares + code, square)
@@ -159,6 +160,7 @@ def _match_kernel(
     BLOCK_D: tl.constexpr,
 ):
     dtype = packed.dtype.element_ty
+    stride = tl.cast(padded_codes, tl.int64)
     split = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
@@ -185,14 +187,14 @@ def _match_kernel(
     for start in range(first, last, BLOCK_N):
         code = start + column
         score = tl.zeros((BLOCK_M, BLOCK_N), dtype) + tl.load(bias + code)[None, :]
-        tile = packed + lane[:, None].to(tl.int64) * padded_codes + code[None, :]
+        tile = packed + lane[:, None] * stride + code[None, :]
         for d in range(0, dims, BLOCK_D):
             live = d + lane < dims
             part = tl.load(source + d, mask=inside[:, None] & live[None, :], other=0.0)
             if METRIC == L2:
                 part = part - tl.load(mean + d + lane, mask=live, other=0.0)[None, :]
             score = tl.dot(part, tl.load(tile), score, input_precision="ieee", out_dtype=dtype)
-            tile += BLOCK_D * padded_codes
+            tile += BLOCK_D * stride
         tile_best = tl.max(score, axis=1)
         place = tl.min(tl.where(score == tile_best[:, None], column[None, :], BLOCK_N), axis=1)
         others = tl.where(column[None, :] == place[:, None], float("-inf"), score)
@@ -339,11 +341,11 @@ def _distance_kernel(
 
 def known(generation: int) -> int:
     """The newest generation in the tables that is not newer than this one."""
-    return max(key for key in CONFIGS if key <= generation)
+    return max(key for key in TILES if key <= generation)
 
 
-def match_tile(generation: int, dtype: torch.dtype, dims: int) -> Config:
-    return next(tile for largest, tile in CONFIGS[known(generation)][dtype] if dims <= largest)
+def match_tile(generation: int, dtype: torch.dtype, dims: int) -> Tile:
+    return next(tile for largest, tile in TILES[known(generation)][dtype] if dims <= largest)
 
 
 def vq_nearest(

@@ -2,7 +2,7 @@
 
 import functools
 import os
-import sys
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,25 +18,33 @@ _BUILD = Path(__file__).parents[2] / "build" / "benchmarks"
 
 @functools.cache
 def _compiled() -> Any:
-    from torch.utils import cpp_extension
-
-    _BUILD.mkdir(parents=True, exist_ok=True)
-    path = os.environ.get("PATH", "")
-    try:
-        # ninja stands beside the interpreter, which may have been called by its path.
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
-        cpp_extension.load(
-            _SOURCE.stem,
-            [str(_SOURCE)],
-            extra_cflags=["-O3"],
-            build_directory=str(_BUILD),
-            is_python_module=False,
-        )
-    except (ImportError, OSError, RuntimeError) as error:
-        raise Unavailable(f"it cannot be compiled ({first_line(error)})") from error
-    finally:
-        os.environ["PATH"] = path
+    library = _BUILD / f"{_SOURCE.stem}-torch{torch.__version__}.so"
+    if not library.exists() or library.stat().st_mtime < _SOURCE.stat().st_mtime:
+        try:
+            _compile(library)
+        except OSError as error:
+            raise Unavailable(f"there is no C++ compiler ({first_line(error)})") from error
+        except subprocess.CalledProcessError as error:
+            raise Unavailable(f"it does not compile: {error.stderr.strip()[:200]}") from error
+    torch.ops.load_library(library)
     return torch.ops.fastzoo_peers.scalar_nms.default
+
+
+def _compile(library: Path) -> None:
+    # Not cpp_extension.load: a run that was interrupted leaves a lock there, and the next waits.
+    torch_folder = Path(torch.__file__).parent
+    includes = (torch_folder / "include", torch_folder / "include/torch/csrc/api/include")
+    library.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = library.with_suffix(f".{os.getpid()}")
+    command = [
+        os.environ.get("CXX", "c++"),
+        *("-std=c++20", "-O3", "-shared", "-fPIC"),
+        *(f"-isystem{folder}" for folder in includes),
+        *(str(_SOURCE), "-o", str(unfinished)),
+        *(f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    unfinished.replace(library)
 
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Callable[[], Tensor]:

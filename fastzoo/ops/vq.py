@@ -1,6 +1,6 @@
 """Vector quantisation: the nearest code of a codebook."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -64,6 +64,28 @@ _VQ_NEAREST_BACKWARD = Operator(
     has=("reference", "cpu"),
     differentiable_reference=True,
 )
+
+
+@overload
+def vq_nearest(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    return_distance: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def vq_nearest(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    return_distance: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def vq_nearest(

@@ -1,6 +1,7 @@
 """Time and memory of one call, on the CPU and on a GPU."""
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import statistics
@@ -96,6 +97,9 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         while not done.wait(0.0002):
             peak = max(peak, resident())
 
+    # Memory that malloc keeps from earlier calls would hide this one's.
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
     before = resident()
     watcher = threading.Thread(target=sample)
     watcher.start()

@@ -7,14 +7,7 @@
 #include <initializer_list>
 
 #include "../../csrc/cpu/runtime/capability.h"
-
-#define CHECK(condition)                                                     \
-  do {                                                                       \
-    if (!(condition)) {                                                      \
-      ++failures;                                                            \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);    \
-    }                                                                        \
-  } while (false)
+#include "check.h"
 
 // Defines main(): runs checks(int& failures) of every instruction set that this CPU has.
 #define FASTZOO_RUN_ON_EACH_ISA(checks)                                      \

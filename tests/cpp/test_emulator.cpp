@@ -5,20 +5,13 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "cuda/runtime/runtime.h"
 
 namespace fastzoo::cuda {
 namespace {
 
 int failures = 0;
-
-#define CHECK(condition)                                                    \
-  do {                                                                      \
-    if (!(condition)) {                                                     \
-      ++failures;                                                           \
-      std::printf("%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-    }                                                                       \
-  } while (false)
 
 const char* const kOrders[] = {"forward", "reverse", "random:1", "random:2"};
 constexpr int kThreads = 96;

@@ -1,25 +1,19 @@
 // The ordering and threshold arithmetic of csrc/math/nms.h.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <limits>
 #include <random>
 
 #include "../../csrc/math/nms.h"
-
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
-  } while (false)
+#include "check.h"
 
 using fastzoo::math::bits_as;
 using fastzoo::math::falling_key;
 using fastzoo::math::round_down;
 
 namespace {
+
+int failures = 0;
 
 template <class T>
 using Limits = std::numeric_limits<T>;
@@ -134,5 +128,6 @@ int main() {
   test_round_down();
   test_falling_key<float, uint32_t>();
   test_falling_key<double, uint64_t>();
-  std::puts("ok");
+  if (failures == 0) std::puts("ok");
+  return failures;
 }

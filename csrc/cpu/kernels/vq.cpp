@@ -188,17 +188,39 @@ struct Codes {
     }
   }
 
-  // Codes that repeat an earlier one leave the race; those that are not finite, or whose norm is
-  // not, leave it too and are listed, to be scored exactly for every row.
+  // The bound grows with the longest code, so a few that are far longer than the rest would make
+  // nearly every code a candidate. Returns the square beyond which a code is such an outlier: 2^8
+  // to 2^9 times the geometric mean, unless that makes too many.
+  double outlier_square() const {
+    int64_t exponents = 0;
+    int64_t counted = 0;
+    for (int64_t index = 0; index < args.codes; ++index) {
+      const double square = args.squares[index];
+      if (!(square > 0 && square < kInfinity)) continue;
+      exponents += static_cast<int64_t>(math::bits_as<uint64_t>(square) >> 52);
+      ++counted;
+    }
+    if (counted == 0) return kInfinity;
+    const int64_t exponent = exponents / counted + 9;
+    if (exponent >= 2047) return kInfinity;
+    const double limit = math::bits_as<double>(static_cast<uint64_t>(exponent) << 52);
+    int64_t beyond = 0;
+    for (int64_t index = 0; index < args.codes; ++index) beyond += args.squares[index] > limit;
+    return beyond <= 1 + args.codes / 256 ? limit : kInfinity;
+  }
+
+  // Codes that repeat an earlier one leave the race; outliers and those that are not finite, or
+  // whose norm is not, leave it too and are listed, to be scored exactly for every row.
   void select(VqArgs& result, int32_t* table, int64_t table_size) const {
     for (int64_t i = 0; i < table_size; ++i) table[i] = -1;
     result.loose_count = 0;
     result.largest_norm = 0;
     result.largest_cosine_norm = 0;
+    const double limit = outlier_square();
     for (int64_t index = 0; index < args.codes; ++index) {
       const double norm = math::norm_above(args.squares[index], args.dims);
       const double cosine_norm = args.metric == Metric::cosine ? args.norms[index] : 0;
-      if (!(norm < kInfinity && cosine_norm < kInfinity)) {
+      if (!(args.squares[index] <= limit && norm < kInfinity && cosine_norm < kInfinity)) {
         args.loose[result.loose_count++] = static_cast<int32_t>(index);
         T* column = start(index);
         for (int64_t k = 0; k <= args.dims; ++k) column[k * Gemm::kRows] = T(0);
