@@ -6,10 +6,11 @@ earlier programs append to it; when all of those are done, it settles its own bl
 it keeps and says so. No matrix of all overlaps exists.
 """
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
+
+from fastzoo.reference.nms import round_down
 
 from .runtime import EXACT, CompileCase, on_device_of
 
@@ -133,17 +134,6 @@ def falling_key(scores: torch.Tensor) -> torch.Tensor:
     last = torch.iinfo(width).max
     bits = (scores + 0.0).view(width)
     return torch.where(bits < 0, bits & last, ~bits).masked_fill(scores.isnan(), last)
-
-
-def round_down(threshold: float, dtype: torch.dtype) -> float:
-    """The largest `dtype` value not above `threshold`: round_down of csrc/math/nms.h."""
-    if dtype == torch.float64:
-        return threshold
-    with np.errstate(over="ignore"):
-        nearest = np.float32(threshold)
-        if float(nearest) > threshold:
-            nearest = np.nextafter(nearest, np.float32(-np.inf))
-    return float(nearest)
 
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:

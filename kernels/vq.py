@@ -69,7 +69,7 @@ def _norm_above(sum_of_squares, dims):
 @triton.jit
 def _score_bound(a, b, dims, DTYPE: tl.constexpr, METRIC: tl.constexpr):
     """score_bound of csrc/math/vq.h; infinite also where a sum might leave the range of DTYPE."""
-    if DTYPE == tl.float64:
+    if tl.float64 == DTYPE:
         unit = 1.1102230246251565e-16
         smallest = 2.2250738585072014e-308
         largest_sum = 1e307
@@ -111,7 +111,7 @@ def _pack_kernel(
     norm = tl.full((BLOCK,), 1.0, tl.float64)
     if METRIC == COSINE:
         total = tl.zeros((BLOCK,), tl.float64)
-        for d in range(0, dims):
+        for d in range(dims):
             c = tl.load(source + d, mask=inside, other=0.0).to(tl.float64)
             total = total + c * c
         norm = tl.maximum(tl.sqrt(total), tl.full((BLOCK,), 1e-12, tl.float64))
@@ -119,7 +119,7 @@ def _pack_kernel(
 
     square = tl.zeros((BLOCK,), tl.float64)
     target = packed + code
-    for d in range(0, dims):
+    for d in range(dims):
         c = tl.load(source + d, mask=inside, other=0.0)
         if METRIC == L2:
             c = tl.where(inside, c - tl.load(mean + d), 0.0)
@@ -229,7 +229,7 @@ def _settle_kernel(
     second = tl.full((BLOCK,), float("-inf"), tl.float64)
     index = tl.zeros((BLOCK,), tl.int64)
     place = row
-    for _ in range(0, splits):
+    for _ in range(splits):
         split_best = tl.load(best_scores + place, mask=inside, other=0.0).to(tl.float64)
         split_second = tl.load(second_scores + place, mask=inside, other=0.0).to(tl.float64)
         split_index = tl.load(best_indices + place, mask=inside, other=0)
@@ -274,7 +274,7 @@ def _rescore_kernel(
             code = first + tl.arange(0, BLOCK_N).to(tl.int64)
             inside = code < codes
             score = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
-            for d in range(0, dims):
+            for d in range(dims):
                 a = tl.load(x + row * dims + d).to(tl.float64)[:, None]
                 c = tl.load(codebook + code * dims + d, mask=inside, other=0.0)
                 c = c.to(tl.float64)[None, :]
@@ -363,7 +363,7 @@ def vq_nearest(
     indices = empty(rows, dtype=torch.int64)
     distances = empty(rows, dtype=dtype)
     if rows == 0:
-        return indices, distances
+        return distances, indices
 
     machine = known(generation(x))
     tile = match_tile(machine, dtype, dims)
@@ -469,7 +469,7 @@ def vq_nearest(
             BLOCK_D=DISTANCE_TILE[1],
             **EXACT,
         )
-    return indices, distances
+    return distances, indices
 
 
 def compile_cases(generation: int) -> list[CompileCase]:

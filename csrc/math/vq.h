@@ -28,6 +28,20 @@ FASTZOO_HD double score_term(Metric metric, double x, double c) {
 // NaN ranks below everything, -inf included.
 FASTZOO_HD bool better(double a, double b) { return a > b || (is_nan(b) && !is_nan(a)); }
 
+// The exact score of a code, where x(d) and c(d) give the coordinates in double.
+template <class X, class Code>
+FASTZOO_HD double exact_score(Metric metric, const X& x, const Code& c, int64_t n) {
+  double sum = 0;
+  double squares = 0;
+  for (int64_t d = 0; d < n; ++d) {
+    const double code = c(d);
+    sum += score_term(metric, x(d), code);
+    if (metric == Metric::cosine) squares += code * code;
+  }
+  if (metric == Metric::l2) return -sum;
+  return metric == Metric::cosine ? sum / maximum(__builtin_sqrt(squares), kNormFloor) : sum;
+}
+
 // The fast pass scores a code by  x'.c' - |c'|^2/2  (l2; x' and c' are centred),  x.c  (dot)  or
 // x.(c/|c|)  (cosine), in arithmetic of unit round-off `unit` (2^-24 for float, 2^-53 for double)
 // and in any order of summation, with or without fused multiply-add. This bounds how far such a

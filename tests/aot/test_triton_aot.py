@@ -93,13 +93,14 @@ def table():
         print(f"{name:24} {architecture:8} {registers:4} registers")
 
 
-@pytest.mark.parametrize("case, capability", CASES)
+@pytest.mark.parametrize(("case", "capability"), CASES)
 def test_compiles(case, capability, tmp_path, table):
     ptx = ptx_of(case, capability)
     registers, spilled = resources(ptx, case, capability, tmp_path)
     table.append((case.name, ARCHITECTURES[capability], registers))
     assert spilled == 0
-    assert "st.local" not in ptx and "ld.local" not in ptx
+    assert "st.local" not in ptx
+    assert "ld.local" not in ptx
     for instruction in case.instructions:
         assert instruction in ptx
     if not case.fused:

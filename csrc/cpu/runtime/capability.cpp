@@ -39,10 +39,14 @@ Capability choose() {
 
 const char* capability_name(Capability capability) {
   switch (capability) {
-    case Capability::baseline: return "baseline";
-    case Capability::avx2: return "avx2";
-    case Capability::avx512: return "avx512";
-    case Capability::avx512_bf16: return "avx512_bf16";
+    case Capability::baseline:
+      return "baseline";
+    case Capability::avx2:
+      return "avx2";
+    case Capability::avx512:
+      return "avx512";
+    case Capability::avx512_bf16:
+      return "avx512_bf16";
   }
   return "unknown";
 }
@@ -55,9 +59,12 @@ bool cpu_has(Capability capability) {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512dq");
   switch (capability) {
-    case Capability::avx2: return avx2;
-    case Capability::avx512: return avx512;
-    default: return avx512 && __builtin_cpu_supports("avx512bf16");
+    case Capability::avx2:
+      return avx2;
+    case Capability::avx512:
+      return avx512;
+    default:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
   }
 #else
   return false;

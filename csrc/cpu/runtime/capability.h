@@ -47,9 +47,9 @@ Kernel* select(Kernel* const (&by_capability)[4]) {
   namespace avx512_bf16 {                       \
   void name arguments;                          \
   }
-#define FASTZOO_SELECT_KERNEL(name)                                                     \
+#define FASTZOO_SELECT_KERNEL(name)                                                         \
   ::fastzoo::cpu::select<std::remove_pointer_t<decltype(&::fastzoo::cpu::baseline::name)>>( \
-      {&::fastzoo::cpu::baseline::name, &::fastzoo::cpu::avx2::name,                    \
+      {&::fastzoo::cpu::baseline::name, &::fastzoo::cpu::avx2::name,                        \
        &::fastzoo::cpu::avx512::name, &::fastzoo::cpu::avx512_bf16::name})
 #else
 #define FASTZOO_DECLARE_KERNEL(name, arguments) \

@@ -1,0 +1,116 @@
+"""``python -m benchmarks``: measure, write the results of this machine and the report of all."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks import machine, overhead, report, results
+from benchmarks.results import Record
+from benchmarks.rows import Row, measure_row, select
+from fastzoo.testing import SPECS
+from fastzoo.testing.selftest import default_device
+
+_ROOT = Path(__file__).parent.parent
+
+
+def _progress(rows: list[Row]) -> Iterable[Row]:
+    """A progress bar where rich is installed; the lines alone elsewhere."""
+    if importlib.util.find_spec("rich") is None:
+        return rows
+    from rich.progress import track
+
+    return track(rows, description="measuring")
+
+
+def _line(record: Record) -> str:
+    head = f"{record['op']:12} {record['case']:20} {record['implementation']:14}"
+    if "seconds" not in record:
+        return f"{head} {record.get('reason') or 'ERROR ' + record['error']}"
+    share = "" if record["equal"] == 1 else f", {report.share_text(record['equal'])} right"
+    memory = report.memory_text(record["peak_bytes"])
+    return f"{head} {report.time_text(record['seconds']):>9}, {memory}{share}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if every answer of fastzoo was right."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--op", choices=SPECS, help="one operator (default: all)")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers")
+    parser.add_argument("--device", default=default_device(), choices=("cpu", "cuda"))
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds a row (default 1)")
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        metavar="NAME=SIZE",
+        help="measure these sizes instead, e.g. n=4096 k=512 dim=32; prints, writes nothing",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder of results and report (default: this repository's)"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the report from the results there are"
+    )
+    arguments = parser.parse_args(argv)
+    folder = arguments.output or _ROOT / "benchmarks" / "results"
+    target = (arguments.output or _ROOT / "docs") / "benchmarks.md"
+    if arguments.report_only:
+        return _write_report(folder, target)
+    try:
+        shape = {name: int(size) for name, size in (s.split("=") for s in arguments.shape or [])}
+        rows = select(
+            arguments.op,
+            device=arguments.device,
+            case=arguments.case,
+            shape=shape,
+            peers=arguments.peers,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if not rows:
+        parser.error("no case has this name and takes these sizes")
+
+    records = []
+    for row in _progress(rows):
+        records.append(measure_row(row, budget=arguments.budget))
+        print(_line(records[-1]), flush=True)
+    measured: Record = {"machine": machine.describe(arguments.device), "rows": records}
+    for op in dict.fromkeys(record["op"] for record in records):
+        print(f"{op}: {report.smallest_ratio(measured, op)}")
+    if not shape:
+        whole = not (arguments.case or arguments.peers)
+        if whole:
+            measured.update(_of_the_machine(arguments.device, arguments.budget))
+        path = results.save(folder, measured, partial=not whole or arguments.op is not None)
+        print(f"wrote {path}")
+        _write_report(folder, target)
+    return int(any("error" in record and record["kind"] != "peer" for record in records))
+
+
+def _of_the_machine(device: str, budget: float) -> Record:
+    """What does not belong to a row."""
+    return {
+        "ceilings": machine.ceilings(device, budget=budget),
+        "overhead": {
+            "import": overhead.import_seconds(),
+            "calls": [overhead.call_overhead(spec, device) for spec in SPECS.values()],
+        },
+    }
+
+
+def _write_report(folder: Path, target: Path) -> int:
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"{target} is not written: matplotlib is not installed (--report-only writes it)")
+        return 0
+    report.write(folder, target)
+    print(f"wrote {target}")
+    if target.parent == _ROOT / "docs":
+        report.write_summary(folder, _ROOT / "README.md")
+        print("wrote the table of README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What the public function adds to the native operator, and fastzoo's import to torch's."""
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastzoo.ops._operator import OPERATORS
+from fastzoo.testing import OpSpec
+
+_CALLS = 1000
+_ROUNDS = 15
+
+
+def _per_call(call: Callable[[], object], device: str) -> float:
+    started = time.perf_counter()
+    for _ in range(_CALLS):
+        call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / _CALLS
+
+
+def call_overhead(spec: OpSpec, device: str) -> dict[str, Any]:
+    """Seconds of a call on the smallest case, through the public function and without it."""
+    operator = OPERATORS[spec.name]
+    case = spec.benchmarks[0]
+    args = case.make(device, **case.shape)
+    native = operator.overloads[operator.owner(device)]
+    dispatched = spec.dispatch_args(*args, **case.kwargs)
+
+    def public() -> object:
+        return spec.function(*args, **case.kwargs)
+
+    def bare() -> object:
+        return native(*dispatched)
+
+    # Turn by turn, so that a busy machine slows both; the fastest of each.
+    pairs = [(_per_call(public, device), _per_call(bare, device)) for _ in range(_ROUNDS)]
+    return {
+        "op": spec.name,
+        "case": case.name,
+        "public": min(pair[0] for pair in pairs),
+        "bare": min(pair[1] for pair in pairs),
+    }
+
+
+def import_seconds(repeats: int = 5) -> float:
+    """What ``import fastzoo`` takes in a process that has imported torch."""
+    program = (
+        "import time, torch; started = time.perf_counter(); import fastzoo; "
+        "print(time.perf_counter() - started)"
+    )
+    command = [sys.executable, "-c", program]
+    return statistics.median(
+        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        for _ in range(repeats)
+    )

@@ -1,0 +1,16 @@
+"""torch.cdist and argmin, as most quantisers outside of large libraries do it."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.implementation import Implementation, require_memory
+
+
+def _vq_nearest(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
+    require_memory(float(len(x) * len(codebook) * x.element_size()), x.device)
+    return lambda: torch.cdist(x, codebook).argmin(1)
+
+
+PEER = Implementation("cdist", {"vq_nearest": _vq_nearest})

@@ -1,0 +1,191 @@
+"""The rows: every benchmark case of an operator x every implementation of it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.expected import compare, expected
+from benchmarks.implementation import Implementation, Unavailable, first_line
+from benchmarks.peers import PEERS
+from fastzoo.ops._operator import OPERATORS
+from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
+from fastzoo.testing.timing import measure
+
+# Below this share of right answers a peer computes something else, and its time means nothing.
+_LEAST_SHARE = 0.99
+
+
+def _fastzoo(spec: OpSpec, backend: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    reason = OPERATORS[spec.name].refusal(backend, args[0].device.type)
+    if reason is not None:
+        raise Unavailable(reason)
+    return functools.partial(spec.function, *args, **kwargs, backend=backend)
+
+
+def implementations(op: str, device: str) -> list[Implementation]:
+    """fastzoo's backends for a device, then the peers that have the operator."""
+    owner = OPERATORS[op].owner(device)
+    own = [
+        Implementation(
+            f"fastzoo {backend}",
+            {op: functools.partial(_fastzoo, SPECS[op], backend)},
+            kind="auto" if backend == owner else "backend",
+        )
+        for backend in OPERATORS[op].has
+        if backend == device or (backend == "triton" and device == "cuda")
+    ]
+    return own + [peer for peer in PEERS if op in peer.operators]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One case on a device; its inputs and the right answer are made once for all its rows."""
+
+    spec: OpSpec
+    case: BenchmarkCase
+    shape: dict[str, int]
+    device: str
+
+    @functools.cached_property
+    def args(self) -> tuple[Any, ...]:
+        return self.case.make(self.device, **self.shape)
+
+    @functools.cached_property
+    def right(self) -> Tensor:
+        return expected(self.spec.name, *self.args, **self.case.kwargs)
+
+    @property
+    def name(self) -> str:
+        if self.shape == self.case.shape:
+            return self.case.name
+        return ", ".join(f"{key} = {value}" for key, value in self.shape.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    problem: Problem
+    implementation: Implementation
+
+    def __str__(self) -> str:
+        return f"{self.problem.name}: {self.implementation.name}"
+
+    def checked_call(self) -> tuple[Callable[[], Any], float]:
+        """The call to time, and its share of right answers.
+
+        Raises:
+            Unavailable: it cannot run here.
+            AssertionError: its answer is wrong.
+        """
+        problem = self.problem
+        op = problem.spec.name
+        call = self.implementation.operators[op](*problem.args, **problem.case.kwargs)
+        exact, share = compare(op, call(), problem.right)
+        passed = share >= _LEAST_SHARE if self.implementation.kind == "peer" else exact
+        if not passed:
+            raise AssertionError(f"wrong answer: {share:.2%} of it is right")
+        return call, share
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        case, args = self.problem.case, self.problem.args
+        return {
+            "gflops": case.flops(*args, **case.kwargs) / seconds / 1e9,
+            "gbps": case.bytes(*args, **case.kwargs) / seconds / 1e9,
+        }
+
+
+def select(
+    op: str | None = None,
+    *,
+    device: str,
+    case: str = "",
+    shape: dict[str, int] | None = None,
+    peers: Iterable[str] | None = None,
+) -> list[Row]:
+    """Rows whose case contains ``case``; ``shape`` replaces the sizes of the first that has them.
+
+    ``peers`` keeps only the peers of these names.
+    """
+    if op is not None and op not in SPECS:
+        raise ValueError(f"unknown operator {op!r}, expected one of {', '.join(SPECS)}")
+    unknown = set(peers or ()) - {peer.name for peer in PEERS}
+    if unknown:
+        known = ", ".join(peer.name for peer in PEERS)
+        raise ValueError(f"unknown peer {min(unknown)!r}, expected some of {known}")
+    return [
+        Row(problem, implementation)
+        for spec in SPECS.values()
+        if op in (None, spec.name)
+        for problem in _problems(spec, device, case, shape)
+        for implementation in implementations(spec.name, device)
+        if implementation.kind != "peer" or peers is None or implementation.name in peers
+    ]
+
+
+def _problems(
+    spec: OpSpec, device: str, case: str, shape: dict[str, int] | None
+) -> Iterator[Problem]:
+    for known in spec.benchmarks:
+        if case not in known.name or (shape and set(shape) != set(known.shape)):
+            continue
+        yield Problem(spec, known, shape or known.shape, device)
+        if shape:
+            return
+
+
+def measure_row(row: Row, *, budget: float = 1.0) -> dict[str, Any]:
+    """The record of a row: a time, or ``reason`` (it cannot run) or ``error`` (it is wrong)."""
+    record: dict[str, Any] = {
+        "op": row.problem.spec.name,
+        "case": row.problem.name,
+        "implementation": row.implementation.name,
+        "kind": row.implementation.kind,
+    }
+    try:
+        call, share = row.checked_call()
+        timing = measure(call, row.problem.device, budget=budget)
+    except Unavailable as reason:
+        return {**record, "reason": str(reason)}
+    except AssertionError as wrong:
+        return {**record, "error": str(wrong)}
+    except Exception as failure:  # a report goes on past any failure
+        return {**record, "error": first_line(failure)}
+    return {
+        **record,
+        "seconds": timing.median,
+        "minimum": timing.minimum,
+        "repeats": timing.repeats,
+        "peak_bytes": timing.peak_bytes,
+        "equal": share,
+        **row.rates(timing.median),
+    }
+
+
+def run_in_pytest(row: Row, benchmark: Any) -> None:
+    """Time a row with pytest-benchmark."""
+    import pytest
+
+    from fastzoo.testing.timing import peak_memory
+
+    try:
+        call, share = row.checked_call()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    benchmark.group = f"{row.problem.spec.name}: {row.problem.name}"
+    benchmark(_synchronised(call) if row.problem.device == "cuda" else call)
+    benchmark.extra_info["equal"] = share
+    benchmark.extra_info["peak_bytes"] = peak_memory(call, row.problem.device)
+    benchmark.extra_info["threads"] = torch.get_num_threads()
+    if benchmark.stats:
+        benchmark.extra_info.update(row.rates(benchmark.stats.stats.median))
+
+
+def _synchronised(call: Callable[[], Any]) -> Callable[[], None]:
+    def synchronised() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return synchronised

@@ -1,0 +1,64 @@
+// Conversion between stored elements and the type they are computed in. Included like vec.h.
+#pragma once
+
+#include "dtype.h"
+#include "vec.h"
+
+namespace fastzoo::cpu::FASTZOO_CPU_ISA {
+
+FASTZOO_INLINE float widen(float value) { return value; }
+FASTZOO_INLINE double widen(double value) { return value; }
+
+FASTZOO_INLINE float widen(BFloat16 value) {
+  return math::bits_as<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+
+FASTZOO_INLINE float widen(Half value) {
+#if defined(__F16C__)
+  return _cvtsh_ss(value.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
+  const bool special = magnitude >= 0x0f800000u;  // infinity or NaN
+  // The exponent moves from bias 15 to bias 127 by a product, which is exact for subnormals too.
+  const float scaled = math::bits_as<float>(magnitude) * 0x1p112f;
+  const uint32_t bits = special ? magnitude | 0x7f800000u : math::bits_as<uint32_t>(scaled);
+  return math::bits_as<float>(bits | sign);
+#endif
+}
+
+// narrow(value, element): rounds to float, then to the element; ties to even.
+FASTZOO_INLINE void narrow(double value, float& element) { element = static_cast<float>(value); }
+FASTZOO_INLINE void narrow(double value, double& element) { element = value; }
+
+FASTZOO_INLINE void narrow(double value, BFloat16& element) {
+  const uint32_t bits = math::bits_as<uint32_t>(static_cast<float>(value));
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  element.bits = static_cast<uint16_t>((nan ? bits | 0x400000u : rounded) >> 16);
+}
+
+FASTZOO_INLINE void narrow(double value, Half& element) {
+#if defined(__F16C__)
+  element.bits =
+      static_cast<uint16_t>(_cvtss_sh(static_cast<float>(value), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const uint32_t bits = math::bits_as<uint32_t>(static_cast<float>(value));
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00u;  // from 65520 on: infinity
+  } else if (magnitude < 0x38800000u) {
+    // Subnormal: adding 1/2 leaves the rounded multiple of 2^-24 in the low bits.
+    half = math::bits_as<uint32_t>(math::bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  }
+  element.bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+}  // namespace fastzoo::cpu::FASTZOO_CPU_ISA

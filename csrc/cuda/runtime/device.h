@@ -1,0 +1,106 @@
+// The kernel vocabulary of runtime.h as nvcc compiles it: thin names for CUDA's own.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+namespace fastzoo::cuda {
+
+FASTZOO_DEVICE void sync_block() { __syncthreads(); }
+FASTZOO_DEVICE void sync_warp(uint32_t mask = kWholeWarp) { __syncwarp(mask); }
+
+template <class T>
+FASTZOO_DEVICE T shuffle(T value, int source, uint32_t mask = kWholeWarp) {
+  return __shfl_sync(mask, value, source);
+}
+template <class T>
+FASTZOO_DEVICE T shuffle_up(T value, int distance, uint32_t mask = kWholeWarp) {
+  return __shfl_up_sync(mask, value, distance);
+}
+template <class T>
+FASTZOO_DEVICE T shuffle_down(T value, int distance, uint32_t mask = kWholeWarp) {
+  return __shfl_down_sync(mask, value, distance);
+}
+template <class T>
+FASTZOO_DEVICE T shuffle_xor(T value, int flip, uint32_t mask = kWholeWarp) {
+  return __shfl_xor_sync(mask, value, flip);
+}
+FASTZOO_DEVICE uint32_t ballot(bool vote, uint32_t mask = kWholeWarp) {
+  return __ballot_sync(mask, vote);
+}
+FASTZOO_DEVICE bool any(bool vote, uint32_t mask = kWholeWarp) { return __any_sync(mask, vote); }
+FASTZOO_DEVICE bool all(bool vote, uint32_t mask = kWholeWarp) { return __all_sync(mask, vote); }
+
+// CUDA names its atomics' 64-bit type unsigned long long; uint64_t may be unsigned long.
+template <class T>
+using AtomicType =
+    std::conditional_t<std::is_same_v<T, uint64_t>, unsigned long long, T>;  // NOLINT
+
+template <class T>
+FASTZOO_DEVICE T atomic_add(T* address, T value) {
+  return atomicAdd(reinterpret_cast<AtomicType<T>*>(address), value);
+}
+template <class T>
+FASTZOO_DEVICE T atomic_max(T* address, T value) {
+  return atomicMax(reinterpret_cast<AtomicType<T>*>(address), value);
+}
+template <class T>
+FASTZOO_DEVICE T atomic_exchange(T* address, T value) {
+  return atomicExch(reinterpret_cast<AtomicType<T>*>(address), value);
+}
+template <class T>
+FASTZOO_DEVICE T load_volatile(const T* address) {
+  return *static_cast<const volatile T*>(address);
+}
+FASTZOO_DEVICE void thread_fence() { __threadfence(); }
+
+// Between two looks at memory that another block is to change.
+FASTZOO_DEVICE void wait_for_other_block() { __nanosleep(20); }
+
+// One machine word of a vector access.
+template <int bytes>
+using AccessWord = std::conditional_t<bytes == 8, int2, int4>;
+
+template <int n, class T>
+FASTZOO_DEVICE Vector<T, n> load_vector(const T* address) {
+  using Word = AccessWord<Vector<T, n>::kBytes>;
+  constexpr int kWords = Vector<T, n>::kBytes / sizeof(Word);
+  Word words[kWords];
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const Word*>(address)[i];
+  Vector<T, n> vector;
+  __builtin_memcpy(&vector, words, sizeof(vector));
+  return vector;
+}
+
+template <class T, int n>
+FASTZOO_DEVICE void store_vector(T* address, const Vector<T, n>& vector) {
+  using Word = AccessWord<Vector<T, n>::kBytes>;
+  constexpr int kWords = Vector<T, n>::kBytes / sizeof(Word);
+  Word words[kWords];
+  __builtin_memcpy(words, &vector, sizeof(vector));
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) reinterpret_cast<Word*>(address)[i] = words[i];
+}
+
+FASTZOO_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FASTZOO_DEVICE double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+FASTZOO_DEVICE int population_count(uint32_t bits) { return __popc(bits); }
+
+template <class T, int n>
+struct SharedArray {
+  alignas(16) T values[n];
+
+  FASTZOO_DEVICE T& operator[](int i) { return values[i]; }
+  template <int m>
+  FASTZOO_DEVICE Vector<T, m> load(int i) const {
+    return load_vector<m>(values + i);
+  }
+  template <int m>
+  FASTZOO_DEVICE void store(int i, const Vector<T, m>& vector) {
+    store_vector(values + i, vector);
+  }
+};
+
+}  // namespace fastzoo::cuda

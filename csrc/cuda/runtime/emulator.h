@@ -1,0 +1,199 @@
+// The kernel vocabulary of runtime.h on the host. The threads of a block are fibers of one host
+// thread: each runs until it waits for others, and the order in which they run can be chosen, so
+// that a missing barrier shows. Blocks run one after another.
+// Reported as an EmulationError, thrown by the launch: a barrier or a warp collective that some
+// thread never reaches, a shared array's index out of range, a misaligned vector access, a shuffle
+// from a lane that takes no part, a wait for a block that has not run. Shared memory holds NaN at
+// the start of each block.
+#pragma once
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+// The launch's own variables below stand for CUDA's of the same name.
+#define __global__
+#define __device__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+namespace fastzoo::cuda {
+
+class EmulationError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+// The line of the kernel that waits, for the report.
+struct Site {
+  const char* file;
+  int line;
+};
+
+enum class Collective { sync_block, sync_warp, shuffle, ballot };
+
+// Waits for every thread of the block, or for every lane of the mask. Gives a shuffle the value
+// that lane `source` brought, a ballot the lanes whose value is not 0.
+void wait_for_block(Site site);
+uint64_t wait_for_lanes(Collective kind, uint32_t mask, uint64_t value, int source, Site site);
+
+[[noreturn]] void fail(const std::string& what);
+void register_shared(void* data, size_t bytes);
+inline int lane() {
+  return static_cast<int>((threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) %
+                          kWarpSize);
+}
+
+// "forward", "reverse" or "random:SEED"; nullptr returns to FASTZOO_EMULATOR_ORDER, which is
+// forward where it is not set.
+void set_order(const char* order);
+
+void run(const char* name, dim3 grid, dim3 block, void (*body)(void*), void* context);
+
+template <class... Parameters>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            std::common_type_t<Parameters>... arguments) {
+  const auto call = [&] { kernel(arguments...); };
+  run(
+      name, grid, block, [](void* context) { (*static_cast<decltype(call)*>(context))(); },
+      const_cast<void*>(static_cast<const void*>(&call)));
+}
+
+template <class T>
+T exchange(T value, int source, uint32_t mask, Site site) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves at most 8 bytes");
+  uint64_t bits = 0;
+  __builtin_memcpy(&bits, &value, sizeof(T));
+  bits = wait_for_lanes(Collective::shuffle, mask, bits, source, site);
+  __builtin_memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline void check_alignment(const void* address, int alignment) {
+  if (reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(alignment) != 0) {
+    fail("misaligned vector access: an address that is no multiple of " +
+         std::to_string(alignment) + " bytes");
+  }
+}
+
+}  // namespace emulator
+
+#define FASTZOO_SITE ::fastzoo::cuda::emulator::Site site = {__builtin_FILE(), __builtin_LINE()}
+
+inline void sync_block(FASTZOO_SITE) { emulator::wait_for_block(site); }
+inline void sync_warp(uint32_t mask = kWholeWarp, FASTZOO_SITE) {
+  emulator::wait_for_lanes(emulator::Collective::sync_warp, mask, 0, emulator::lane(), site);
+}
+
+template <class T>
+T shuffle(T value, int source, uint32_t mask = kWholeWarp, FASTZOO_SITE) {
+  return emulator::exchange(value, source % kWarpSize, mask, site);
+}
+template <class T>
+T shuffle_up(T value, int distance, uint32_t mask = kWholeWarp, FASTZOO_SITE) {
+  const int lane = emulator::lane();
+  return emulator::exchange(value, lane < distance ? lane : lane - distance, mask, site);
+}
+template <class T>
+T shuffle_down(T value, int distance, uint32_t mask = kWholeWarp, FASTZOO_SITE) {
+  const int lane = emulator::lane();
+  const int source = lane + distance;
+  return emulator::exchange(value, source < kWarpSize ? source : lane, mask, site);
+}
+template <class T>
+T shuffle_xor(T value, int flip, uint32_t mask = kWholeWarp, FASTZOO_SITE) {
+  return emulator::exchange(value, emulator::lane() ^ flip, mask, site);
+}
+inline uint32_t ballot(bool vote, uint32_t mask = kWholeWarp, FASTZOO_SITE) {
+  return static_cast<uint32_t>(
+      emulator::wait_for_lanes(emulator::Collective::ballot, mask, vote, emulator::lane(), site));
+}
+inline bool any(bool vote, uint32_t mask = kWholeWarp, FASTZOO_SITE) {
+  return ballot(vote, mask, site) != 0;
+}
+inline bool all(bool vote, uint32_t mask = kWholeWarp, FASTZOO_SITE) {
+  return ballot(vote, mask, site) == mask;
+}
+
+#undef FASTZOO_SITE
+
+template <class T>
+T atomic_exchange(T* address, T value) {
+  const T before = *address;
+  *address = value;
+  return before;
+}
+template <class T>
+T atomic_add(T* address, T value) {
+  return atomic_exchange(address, static_cast<T>(*address + value));
+}
+template <class T>
+T atomic_max(T* address, T value) {
+  return atomic_exchange(address, *address < value ? value : *address);
+}
+template <class T>
+T load_volatile(const T* address) {
+  return *address;
+}
+inline void thread_fence() {}
+inline void wait_for_other_block() {
+  emulator::fail("a wait for a block that has not run: blocks run one after another");
+}
+
+template <int n, class T>
+Vector<T, n> load_vector(const T* address) {
+  emulator::check_alignment(address, Vector<T, n>::kAlignment);
+  Vector<T, n> vector;
+  __builtin_memcpy(vector.values, address, sizeof(vector.values));
+  return vector;
+}
+
+template <class T, int n>
+void store_vector(T* address, const Vector<T, n>& vector) {
+  emulator::check_alignment(address, Vector<T, n>::kAlignment);
+  __builtin_memcpy(address, vector.values, sizeof(vector.values));
+}
+
+inline float fused_multiply_add(float a, float b, float c) { return std::fmaf(a, b, c); }
+inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline int population_count(uint32_t bits) { return __builtin_popcount(bits); }
+
+// Static, so that all threads of the block see one array; a block starts with it poisoned.
+template <class T, int n>
+class SharedArray {
+ public:
+  SharedArray() { emulator::register_shared(values_, sizeof(values_)); }
+
+  T& operator[](int64_t i) { return *at(i, 1); }
+  template <int m>
+  Vector<T, m> load(int64_t i) {
+    return load_vector<m>(at(i, m));
+  }
+  template <int m>
+  void store(int64_t i, const Vector<T, m>& vector) {
+    store_vector(at(i, m), vector);
+  }
+
+ private:
+  T* at(int64_t i, int count) {
+    if (i < 0 || i + count > n) {
+      emulator::fail("shared index out of range: " + std::to_string(i) + " to " +
+                     std::to_string(i + count - 1) + " of " + std::to_string(n));
+    }
+    return values_ + i;
+  }
+
+  alignas(16) T values_[n];
+};
+
+}  // namespace fastzoo::cuda

@@ -1,0 +1,34 @@
+"""Argument checks of the public functions: an error names the argument, what came, what is
+wanted."""
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_tensor(name: str, value: object, shape: str, rank: int) -> None:
+    """``shape`` is how the documentation writes it, e.g. ``[N, 4]``; ``rank`` -1 allows any."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if (value.dim() != rank and rank >= 0) or value.dim() == 0:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected float32, float64, float16 or bfloat16, got {value.dtype}"
+        )
+
+
+def check_same(first_name: str, first: Tensor, name: str, value: Tensor) -> None:
+    """The second tensor has the first one's device, and its dtype unless autocast unifies them."""
+    if value.device != first.device:
+        raise ValueError(
+            f"{name}: expected the device of {first_name}, {first.device}, got {value.device}"
+        )
+    if value.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+        raise TypeError(
+            f"{name}: expected the dtype of {first_name}, {first.dtype}, got {value.dtype}"
+        )

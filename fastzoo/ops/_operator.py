@@ -1,0 +1,217 @@
+"""How an operator is registered: once here, so that every operator has the same shape.
+
+An operator has a default overload, which ``auto`` uses, and one overload a backend, so that
+``backend=`` is a choice of overload that the compiler sees. All of them share the schema, the
+fake and the autograd formula. C++ registers ``op`` and ``op.cpu`` on the CPU key and ``op.cuda``
+on the CUDA key; the rest is registered here.
+"""
+
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+
+from fastzoo import backends
+
+_library = torch.library.Library("fastzoo", "DEF")
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+OPERATORS: dict[str, "Operator"] = {}
+
+
+class Operator:
+    """One operator of the ``fastzoo`` namespace and its backends.
+
+    Args:
+        schema: ``name(arguments) -> returns``.
+        reference: the definition in plain PyTorch.
+        fake: shapes and dtypes of the outputs.
+        triton: ``family.function``: the launcher, imported from ``fastzoo.kernels`` when first
+            called. None where the operator has no Triton kernel.
+        cuda_owner: the backend that ``auto`` prefers on a GPU.
+        has: the backends that the operator has.
+        setup_context, backward: as torch.library.register_autograd takes them; None for an
+            operator without gradients.
+        differentiable_reference: run the reference under autograd wherever derivatives are asked
+            for. It is the formula of an operator that is itself a gradient.
+        autocast: the dtype that autocast casts floating inputs to.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        triton: str | None = None,
+        has: tuple[str, ...] = backends.NAMES,
+        cuda_owner: str = "cuda",
+        setup_context: Callable[..., None] | None = None,
+        backward: Callable[..., Any] | None = None,
+        differentiable_reference: bool = False,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.name = schema.split("(")[0]
+        self.has = has
+        self._reference = reference
+        self._triton = triton
+        self._warned = False
+
+        for overload in ("", *has):
+            qualified = f"{self.name}.{overload}" if overload else self.name
+            _library.define(
+                schema.replace(self.name, qualified, 1), tags=(torch.Tag.pt2_compliant_tag,)
+            )
+            torch.library.register_fake(f"fastzoo::{qualified}", fake, lib=_library)
+        packet = getattr(torch.ops.fastzoo, self.name)
+        self.default: Any = packet.default
+        self.overloads: dict[str, Any] = {backend: getattr(packet, backend) for backend in has}
+
+        _library.impl(self.name, self._fall_back, "CompositeExplicitAutograd")
+        _library.impl(f"{self.name}.reference", reference, "CompositeExplicitAutograd")
+        if "triton" in has:
+            for key in ("CPU", "CUDA"):
+                _library.impl(f"{self.name}.triton", self._launch_triton, key)
+
+        # auto's owner on a GPU; the default overload elsewhere, whose CPU kernel is the C++ one.
+        self._auto: dict[str, Any] = {}
+        for backend in (cuda_owner, "cuda", "triton"):
+            if backend in has and backends.refusal(backend, "cuda") is None:
+                self._auto["cuda"] = self.overloads[backend]
+                _library.impl(self.name, self.overloads[backend], "CUDA")
+                break
+
+        for overload in (self.default, *self.overloads.values()):
+            if setup_context and backward:
+                kernel = self._with_gradient(overload, setup_context, backward)
+                _library.impl(overload.name().removeprefix("fastzoo::"), kernel, "Autograd")
+            elif differentiable_reference:
+                kernel = self._through_reference(overload)
+                _library.impl(overload.name().removeprefix("fastzoo::"), kernel, "Autograd")
+            if autocast is not None:
+                for device in _AUTOCAST_DEVICES:
+                    torch.library.register_autocast(overload.name(), device, autocast, lib=_library)
+        OPERATORS[self.name] = self
+
+    def refusal(self, backend: str, device_type: str) -> str | None:
+        """Why ``backend`` cannot run this operator on a device type, or None where it can."""
+        if backend not in self.has:
+            return f"{self.name} has no {backend} kernel"
+        return backends.refusal(backend, device_type)
+
+    def owner(self, device_type: str) -> str:
+        """The backend that ``auto`` runs on a device type."""
+        overload = self._auto.get(device_type)
+        if overload is not None:
+            return str(overload._overloadname)
+        if "cpu" in self.has and backends.refusal("cpu", device_type) is None:
+            return "cpu"
+        return "reference"
+
+    def choose(self, backend: str | None, device_type: str) -> Any:
+        """The overload to call for a ``backend=`` argument and the tensors' device type."""
+        if backend is None or backend == "auto":
+            backend = backends.forced
+        if backend is None:
+            return self._auto.get(device_type, self.default)
+        if backend not in backends.NAMES:
+            raise ValueError(
+                f"backend: unknown {backend!r}, expected auto or one of {backends.NAMES}"
+            )
+        reason = self.refusal(backend, device_type)
+        if reason is not None:
+            raise RuntimeError(f"fastzoo.ops.{self.name}: backend {backend!r} cannot run: {reason}")
+        return self.overloads[backend]
+
+    def like(self, ctx: Any) -> Any:
+        """The overload for a backward: the forward's backend where this operator has it."""
+        return self.overloads.get(ctx.backend, self.default)
+
+    def _fall_back(self, *args: Any) -> Any:
+        device_type = next(a for a in args if isinstance(a, Tensor)).device.type
+        if device_type != "cpu" and not self._warned:
+            self._warned = True
+            reasons = "; ".join(
+                f"{backend}: {self.refusal(backend, device_type)}"
+                for backend in self.has
+                if backend != "reference"
+            )
+            warnings.warn(
+                f"fastzoo.ops.{self.name} runs the slow reference on {device_type}: {reasons}",
+                stacklevel=2,
+            )
+        return self._reference(*args)
+
+    def _launch_triton(self, *args: Any) -> Any:
+        device_type = next(a for a in args if isinstance(a, Tensor)).device.type
+        reason = self.refusal("triton", device_type)
+        if reason is not None:
+            raise RuntimeError(f"fastzoo::{self.name}.triton cannot run: {reason}")
+        assert self._triton is not None
+        family, function = self._triton.split(".")
+        module = importlib.import_module(f"fastzoo.kernels.{family}")
+        return getattr(module, function)(*args)
+
+    def _with_gradient(
+        self,
+        overload: Any,
+        setup_context: Callable[..., None],
+        backward: Callable[..., Any],
+    ) -> Callable[..., Any]:
+        def below(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            ctx.backend = overload._overloadname
+            output = below(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        function: Any = type(
+            f"{self.name}_{overload._overloadname}",
+            (torch.autograd.Function,),
+            {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+        )
+
+        def kernel(*args: Any) -> Any:
+            if _has_tangent(args):
+                # Below the Autograd key the tangent would be dropped, and come out as a zero.
+                raise NotImplementedError(
+                    f"fastzoo.ops.{self.name} has no forward-mode derivative: "
+                    f"use fastzoo.reference.{self.name}"
+                )
+            if _wants_gradient(args):
+                if torch._C._are_functorch_transforms_active():
+                    # Function.apply refuses here, since a forward written in Python could escape
+                    # the transforms. Ours only dispatches, to the next transform's layer.
+                    with enable_single_level_autograd_function():
+                        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+                return function.apply(*args)
+            return below(*args)
+
+        return kernel
+
+    def _through_reference(self, overload: Any) -> Callable[..., Any]:
+        def kernel(*args: Any) -> Any:
+            if _wants_gradient(args) or _has_tangent(args):
+                return self._reference(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+
+        return kernel
+
+
+def _wants_gradient(args: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _has_tangent(args: tuple[Any, ...]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        isinstance(a, Tensor) and torch._VF._unpack_dual(a, level=0)[1] is not None for a in args
+    )

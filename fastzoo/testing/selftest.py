@@ -1,0 +1,129 @@
+"""Proves parity and speed of the installed build on the user's own machine and shapes."""
+
+import datetime
+import platform
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import fastzoo
+from fastzoo.ops._operator import OPERATORS
+from fastzoo.testing.conformance import CHECKS, runnable_backends
+from fastzoo.testing.spec import BenchmarkCase, OpSpec
+from fastzoo.testing.specs import SPECS
+from fastzoo.testing.timing import measure
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What a measurement is worth nothing without."""
+    return {
+        "fastzoo": fastzoo.__version__,
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": fastzoo.info().cpu_capability,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def run_checks(specs: list[OpSpec], backend: str | None, device: str) -> Iterator[dict[str, Any]]:
+    """One record a check, as it finishes."""
+    for spec in specs:
+        backends = [backend] if backend else runnable_backends(spec, device)
+        for name in backends:
+            reason = OPERATORS[spec.name].refusal(name, device)
+            if reason is not None:
+                raise RuntimeError(f"{spec.name}: backend {name!r} cannot run: {reason}")
+            for check_name, check in CHECKS.items():
+                started, error = time.perf_counter(), None
+                try:
+                    check(spec, name, device)
+                except Exception as failure:  # a report goes on past any failure
+                    error = f"{type(failure).__name__}: {failure}"
+                yield {
+                    "op": spec.name,
+                    "backend": name,
+                    "check": check_name,
+                    "passed": error is None,
+                    "error": error,
+                    "seconds": round(time.perf_counter() - started, 3),
+                }
+
+
+def run_benchmarks(
+    specs: list[OpSpec], backend: str | None, device: str, shape: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    """One record a case: fastzoo against the formula in eager PyTorch.
+
+    A case whose answer differs from the definition's is reported so, without a time.
+    """
+    for spec in specs:
+        for case in spec.benchmarks:
+            if shape and set(shape) != set(case.shape):
+                continue
+            yield _benchmark(spec, case, backend, device, shape or case.shape)
+            if shape:
+                break
+
+
+def _benchmark(
+    spec: OpSpec, case: BenchmarkCase, backend: str | None, device: str, shape: dict[str, int]
+) -> dict[str, Any]:
+    args = case.make(device, **shape)
+
+    def ours() -> Any:
+        return spec.function(*args, **case.kwargs, backend=backend)
+
+    def eager() -> Any:
+        return spec.eager(*args)
+
+    record: dict[str, Any] = {"op": spec.name, "case": case.name, "shape": shape}
+    record["backend"] = backend or OPERATORS[spec.name].owner(device)
+    theirs, mine = eager(), ours()
+    # The eager formula is not exact; the share of equal answers is shown, the definition decides.
+    expected = spec.function(*args, **case.kwargs, backend="reference") if _small(args) else theirs
+    record["checked_against"] = "reference" if _small(args) else "eager"
+    record["equal"] = bool(torch.equal(mine, expected))
+    if record["checked_against"] == "reference" and not record["equal"]:
+        return {**record, "error": "differs from the reference: no time is given"}
+    times = measure(ours, device)
+    baseline = measure(eager, device)
+    return {
+        **record,
+        "seconds": times.median,
+        "peak_bytes": times.peak_bytes,
+        "eager_seconds": baseline.median,
+        "eager_peak_bytes": baseline.peak_bytes,
+        "speedup": baseline.median / times.median,
+    }
+
+
+def _small(args: tuple[Any, ...]) -> bool:
+    """Whether the reference answers in seconds."""
+    sizes = [a for a in args if isinstance(a, torch.Tensor)]
+    work = sizes[0].numel() * sizes[1].shape[0]
+    return work <= 1 << 28
+
+
+def select(op: str | None) -> list[OpSpec]:
+    if op is None:
+        return list(SPECS.values())
+    if op not in SPECS:
+        raise ValueError(f"unknown operator {op!r}, expected one of {', '.join(SPECS)}")
+    return [SPECS[op]]

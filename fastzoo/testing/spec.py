@@ -1,0 +1,92 @@
+"""What the conformance suite and the benchmarks need to know of an operator."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One valid call of a public function."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Invalid:
+    """One call that must raise, and what its message must name."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    error: type[Exception]
+    match: str
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkCase:
+    """One row of the benchmarks.
+
+    Args:
+        name: as it appears in the tables.
+        shape: the numbers that ``selftest --shape`` replaces, by name.
+        make: ``make(device, **shape)`` -> the arguments of the call.
+        kwargs: its keyword arguments.
+        flops, bytes: of the arguments, the least any implementation must do and move.
+    """
+
+    name: str
+    shape: dict[str, int]
+    make: Callable[..., tuple[Any, ...]]
+    kwargs: dict[str, Any]
+    flops: Callable[..., float]
+    bytes: Callable[..., float]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpSpec:
+    """One public function of fastzoo.ops.
+
+    Args:
+        name: of the function, and of its dispatcher operator.
+        function: the public function.
+        definition: the oracle, same arguments as ``function`` less ``backend``. It is called on
+            CPU tensors, and decides in float64 where the operator does.
+        eager: the formula as one writes it in PyTorch, for benchmarks.
+        samples: ``samples(dtype)`` -> valid calls on CPU tensors, every edge of the family.
+        invalid: calls that must raise.
+        dtypes: that the operator takes.
+        differentiable: the floating result that has gradients, given the output, or None.
+        gradient_sample: ``gradient_sample(dtype)`` -> a call where the result is smooth around
+            its arguments, with ``differentiable`` results on.
+        dispatch_args: the arguments of the dispatcher operator for a sample.
+        tolerance: ``tolerance(args, kwargs)`` -> absolute error allowed of each floating output,
+            derived beside its definition.
+        cancellation: ``cancellation(args, kwargs)`` -> the size of terms that cancel in a
+            gradient, on which its rounding errors are relative.
+        benchmarks: rows.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    definition: Callable[..., Any]
+    eager: Callable[..., Any]
+    samples: Callable[[torch.dtype], Iterable[Sample]]
+    invalid: Callable[[], Iterable[Invalid]]
+    dispatch_args: Callable[..., tuple[Any, ...]]
+    benchmarks: tuple[BenchmarkCase, ...]
+    dtypes: tuple[torch.dtype, ...] = (
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+    )
+    differentiable: Callable[[Any], Tensor] | None = None
+    gradient_sample: Callable[[torch.dtype], Sample] | None = None
+    tolerance: Callable[..., Tensor] | None = None
+    cancellation: Callable[..., float] | None = None

@@ -1,0 +1,111 @@
+"""Time and memory of one call, on the CPU and on a GPU."""
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+# Larger than any cache we time on, so that a call does not find its inputs in it.
+_FLUSH_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds a call, and the memory it needs beyond its inputs at its peak."""
+
+    median: float
+    minimum: float
+    repeats: int
+    peak_bytes: int
+
+
+def measure(call: Callable[[], object], device: str, *, budget: float = 1.0) -> Timing:
+    """Call until ``budget`` seconds are spent, at least 5 times after two warm-ups.
+
+    A call that alone exceeds the budget is timed once, cold.
+
+    On a GPU device events time each call, with the L2 cache flushed between calls.
+    """
+    once = _time_cuda if device == "cuda" else _time_cpu
+    first = once(call)
+    if first > budget:
+        return Timing(first, first, 1, peak_memory(call, device))
+    once(call)
+    times: list[float] = []
+    spent = 0.0
+    while (spent < budget or len(times) < 5) and len(times) < 10_000:
+        started = time.perf_counter()
+        times.append(once(call))
+        spent += time.perf_counter() - started
+    return Timing(statistics.median(times), min(times), len(times), peak_memory(call, device))
+
+
+def _time_cpu(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def _time_cuda(call: Callable[[], object]) -> float:
+    torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """Bytes allocated at the peak of a call beyond what was there before it.
+
+    On the CPU this is the resident memory of the process, sampled every 0.2 ms: memory of any
+    library counts, and calls shorter than a few samples show 0.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return 0
+    page = 4096
+    with contextlib.suppress(ImportError, OSError):
+        import resource
+
+        page = resource.getpagesize()
+    done = threading.Event()
+    peak = 0
+
+    def resident() -> int:
+        return int(statm.read_text().split()[1]) * page
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.0002):
+            peak = max(peak, resident())
+
+    # Memory that malloc keeps from earlier calls would hide this one's.
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    before = resident()
+    watcher = threading.Thread(target=sample)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return max(0, peak - before)

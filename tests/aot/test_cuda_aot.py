@@ -1,0 +1,92 @@
+"""Every CUDA kernel, compiled for every architecture of the wheel, on a machine without a GPU."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+ARCHITECTURES = {"80": "sm_80", "90a": "sm_90a", "100+PTX": "sm_100"}
+
+
+def disassembler() -> str:
+    """cuobjdump of the toolkit, or the one that triton's wheel carries."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None
+    assert spec.origin is not None
+    carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return shutil.which("cuobjdump") or str(carried)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The library and what ptxas said of each kernel."""
+    folder = tmp_path_factory.mktemp("cuda")
+    configure = [
+        *("cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DFASTZOO_CUDA=ON"),
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DFASTZOO_TORCH={Path(torch.__file__).parent}",
+        f"-DFASTZOO_CUDA_ARCHS={' '.join(ARCHITECTURES)}",
+        f"-DFASTZOO_PYTHON_OUTPUT={folder / 'out'}",
+    ]
+    subprocess.run(configure, check=True, capture_output=True)
+    compile_ = ["cmake", "--build", str(folder), "--target", "_C_cuda"]
+    report = subprocess.run(compile_, check=True, capture_output=True, text=True)
+    return folder / "out" / "_C_cuda.so", report.stdout + report.stderr
+
+
+def dump(library: Path, *options: str) -> str:
+    command = [disassembler(), *options, str(library)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def functions(text: str, start: str) -> dict[str, str]:
+    """Text of a dump by function name."""
+    parts = re.split(start, text)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def test_nothing_spills(build: tuple[Path, str]) -> None:
+    report = build[1]
+    kernels = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", report)
+    frames = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    )
+    registers = [int(used) for used in re.findall(r"Used (\d+) registers", report)]
+    assert len(kernels) == len(frames) == len(registers) > 0
+    assert {architecture for _, architecture in kernels} == set(ARCHITECTURES.values())
+    for (name, architecture), frame, used in zip(kernels, frames, registers, strict=True):
+        print(f"{architecture:8} {used:4} registers  {name}")
+        assert frame == ("0", "0", "0"), f"{name} for {architecture} spills"
+
+
+def test_decisions_are_not_contracted(build: tuple[Path, str]) -> None:
+    ptx = functions(dump(build[0], "--dump-ptx"), r"\.entry (\w+)\(")
+    keep = [body for name, body in ptx.items() if "nms_keep" in name]
+    # For double inputs the fast pass asks for fused operations in double, by name.
+    exact = [body for name, body in ptx.items() if "vq_finish" in name and "IddE" not in name]
+    assert len(keep) >= 4
+    assert len(exact) >= 3
+    for body in keep:
+        assert "fma.rn" not in body
+        assert "div.rn" in body
+    for body in exact:
+        assert "fma.rn.f64" not in body
+        assert "mul.rn.f64" in body
+        assert "sqrt.rn.f64" in body
+
+
+def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:
+    sass = functions(dump(build[0], "--dump-sass"), r"Function : (\w+)")
+    keep = [body for name, body in sass.items() if "nms_keep" in name]
+    assert keep
+    assert all("LDS.128" in body for body in keep)
+    assert all(re.search(r"LDG\.E(\.\w+)*\.128", body) for body in keep)

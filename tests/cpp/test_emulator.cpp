@@ -1,0 +1,293 @@
+// The host emulator: correct kernels give the right answer in every order of their threads, and
+// each planted fault is reported.
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cuda/runtime/runtime.h"
+
+namespace fastzoo::cuda {
+namespace {
+
+int failures = 0;
+
+const char* const kOrders[] = {"forward", "reverse", "random:1", "random:2"};
+constexpr int kThreads = 96;
+
+// What the launch reports, or "" where it succeeds.
+template <class... Parameters, class... Arguments>
+std::string error_of(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments... arguments) {
+  try {
+    emulator::launch("planted", kernel, grid, block, arguments...);
+  } catch (const EmulationError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+__global__ void block_sum(const int* in, int* out) {
+  __shared__ SharedArray<int, kThreads> partial;
+  const int thread = threadIdx.x;
+  partial[thread] = in[blockIdx.x * blockDim.x + thread];
+  for (int width = kThreads; width > 1;) {
+    const int half = (width + 1) / 2;
+    sync_block();
+    if (thread + half < width) partial[thread] += partial[thread + half];
+    width = half;
+  }
+  if (thread == 0) out[blockIdx.x] = partial[0];
+}
+
+__global__ void warp_scan(const int* in, int* out) {
+  int sum = in[threadIdx.x];
+  const int lane = threadIdx.x % kWarpSize;
+  for (int distance = 1; distance < kWarpSize; distance *= 2) {
+    const int before = shuffle_up(sum, distance);
+    if (lane >= distance) sum += before;
+  }
+  out[threadIdx.x] = sum;
+}
+
+// Each half of the warp works alone, at its own pace.
+__global__ void half_warps(uint32_t* out) {
+  const int lane = threadIdx.x % kWarpSize;
+  const uint32_t mask = lane < 16 ? 0x0000ffffu : 0xffff0000u;
+  uint32_t votes = 0;
+  for (int round = 0; round <= lane / 16; ++round) votes = ballot(lane % 2 == round, mask);
+  const bool some = any(lane == 20, mask);
+  const bool every = all(lane >= 16, mask);
+  sync_warp();
+  out[threadIdx.x] = votes + (some ? 1 : 0) + (every ? 2 : 0);
+}
+
+__global__ void exchange_lanes(double* xor_out, int* down_out, int64_t* broadcast_out) {
+  const int thread = threadIdx.x;
+  xor_out[thread] = shuffle_xor(thread + 0.5, 5);
+  down_out[thread] = shuffle_down(thread, 3);
+  broadcast_out[thread] = shuffle(int64_t{1} << 40 | thread, 7);
+}
+
+__global__ void count_all(uint64_t* total, uint64_t* largest, uint64_t* tickets) {
+  const uint64_t index = uint64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  tickets[atomic_add(total, uint64_t{1})] += 1;
+  atomic_max(largest, index);
+}
+
+__global__ void copy_vectors(const float* in, float* out) {
+  __shared__ SharedArray<float, 4 * kThreads> staged;
+  const int i = 4 * threadIdx.x;
+  staged.store(i, load_vector<4>(in + i));
+  sync_block();
+  const int other = 4 * (kThreads - 1 - static_cast<int>(threadIdx.x));
+  store_vector(out + i, staged.load<4>(other));
+}
+
+void test_correct_kernels() {
+  std::vector<int> in(2 * kThreads);
+  for (int i = 0; i < 2 * kThreads; ++i) in[i] = i * i % 37 - 11;
+  for (const char* order : kOrders) {
+    emulator::set_order(order);
+
+    int sums[2];
+    emulator::launch("block_sum", block_sum, 2, kThreads, in.data(), sums);
+    int expected[2] = {};
+    for (int i = 0; i < 2 * kThreads; ++i) expected[i / kThreads] += in[i];
+    CHECK(sums[0] == expected[0] && sums[1] == expected[1]);
+
+    int scanned[kThreads];
+    emulator::launch("warp_scan", warp_scan, 1, kThreads, in.data(), scanned);
+    for (int i = 0, sum = 0; i < kThreads; ++i) {
+      sum = (i % kWarpSize == 0 ? 0 : sum) + in[i];
+      CHECK(scanned[i] == sum);
+    }
+
+    uint32_t votes[kWarpSize];
+    emulator::launch("half_warps", half_warps, 1, kWarpSize, votes);
+    for (int i = 0; i < kWarpSize; ++i) CHECK(votes[i] == (i < 16 ? 0x5555u : 0xaaaa0000u + 3));
+
+    double flipped[kWarpSize];
+    int down[kWarpSize];
+    int64_t broadcast[kWarpSize];
+    emulator::launch("exchange_lanes", exchange_lanes, 1, kWarpSize, flipped, down, broadcast);
+    for (int i = 0; i < kWarpSize; ++i) {
+      CHECK(flipped[i] == (i ^ 5) + 0.5);
+      CHECK(down[i] == (i + 3 < kWarpSize ? i + 3 : i));
+      CHECK(broadcast[i] == (int64_t{1} << 40 | 7));
+    }
+
+    uint64_t total = 0, largest = 0;
+    std::vector<uint64_t> tickets(3 * kThreads, 0);
+    emulator::launch("count_all", count_all, 3, kThreads, &total, &largest, tickets.data());
+    CHECK(total == 3 * kThreads && largest == 3 * kThreads - 1);
+    for (const uint64_t taken : tickets) CHECK(taken == 1);
+
+    alignas(16) float from[4 * kThreads], to[4 * kThreads];
+    for (int i = 0; i < 4 * kThreads; ++i) from[i] = static_cast<float>(i);
+    emulator::launch("copy_vectors", copy_vectors, 1, kThreads, from, to);
+    for (int i = 0; i < kThreads; ++i) {
+      for (int j = 0; j < 4; ++j) CHECK(to[4 * i + j] == from[4 * (kThreads - 1 - i) + j]);
+    }
+  }
+}
+
+__global__ void neighbour_without_barrier(float* out) {
+  __shared__ SharedArray<float, kThreads> values;
+  values[threadIdx.x] = 1.0f;
+  out[threadIdx.x] = values[(threadIdx.x + 1) % kThreads];
+}
+
+__global__ void early_return(int* out) {
+  if (threadIdx.x == 40) return;
+  sync_block();
+  out[threadIdx.x] = 1;
+}
+
+__global__ void two_barriers() {
+  if (threadIdx.x < 50) {
+    sync_block();
+  } else {
+    sync_block();
+  }
+}
+
+__global__ void barrier_against_vote(int* out) {
+  if (threadIdx.x < 3) {
+    sync_block();
+  } else {
+    out[threadIdx.x] = any(true);
+  }
+}
+
+__global__ void shared_index(int index) {
+  __shared__ SharedArray<int, 8> values;
+  values[index] = 0;
+}
+
+__global__ void shared_vector_index(int index) {
+  __shared__ SharedArray<float, 10> values;
+  values.store(index, Vector<float, 4>{});
+}
+
+__global__ void vector_at(const float* in, float* out, int shift) {
+  store_vector(out, load_vector<4>(in + shift));
+}
+
+__global__ void shared_vector_at(int shift) {
+  __shared__ SharedArray<double, 8> values;
+  (void)values.load<2>(shift);
+}
+
+__global__ void lane_left(int* out) {
+  if (threadIdx.x == 33) return;
+  out[threadIdx.x] = any(true);
+}
+
+__global__ void not_in_own_mask(int* out) { out[threadIdx.x] = any(true, 0x7fffffffu); }
+
+__global__ void shuffle_from_outside() { (void)shuffle(1, 9, threadIdx.x == 9 ? 0x200u : 0x1ffu); }
+
+__global__ void wait_for_later_block() {
+  if (blockIdx.x == 0) wait_for_other_block();
+}
+
+void test_planted_faults() {
+  bool poison_seen = false;
+  for (const char* order : kOrders) {
+    emulator::set_order(order);
+    float out[kThreads];
+    int ints[2 * kThreads] = {};
+
+    emulator::launch("planted", neighbour_without_barrier, 1, kThreads, out);
+    for (const float value : out) poison_seen = poison_seen || value != value;
+
+    std::string error = error_of(early_return, 1, kThreads, ints);
+    CHECK(contains(error, "divergent barrier") && contains(error, "thread 40 has exited"));
+    CHECK(contains(error, "planted, block (0, 0, 0)") && contains(error, "test_emulator.cpp:"));
+    CHECK(contains(error_of(two_barriers, 1, kThreads), "divergent barrier"));
+    CHECK(error_of(barrier_against_vote, 1, kWarpSize, ints) != "");
+
+    CHECK(error_of(shared_index, 1, 1, 7) == "");
+    CHECK(contains(error_of(shared_index, 1, 1, 8), "shared index out of range: 8"));
+    CHECK(contains(error_of(shared_index, 1, 1, -1), "shared index out of range: -1"));
+    CHECK(error_of(shared_vector_index, 1, 1, 4) == "");
+    CHECK(contains(error_of(shared_vector_index, 1, 1, 8), "shared index out of range: 8 to 11"));
+
+    alignas(16) float data[8] = {};
+    alignas(16) float target[4];
+    CHECK(error_of(vector_at, 1, 1, data, target, 4) == "");
+    CHECK(contains(error_of(vector_at, 1, 1, data, target, 1), "misaligned vector access"));
+    CHECK(error_of(shared_vector_at, 1, 1, 2) == "");
+    CHECK(contains(error_of(shared_vector_at, 1, 1, 1), "misaligned vector access"));
+
+    error = error_of(lane_left, 1, kThreads, ints);
+    CHECK(contains(error, "lane missing from a warp collective: thread 32 waits at ballot"));
+    CHECK(contains(error, "thread 33 has exited"));
+    CHECK(contains(error_of(lane_left, 1, 40, ints), "thread 33 has exited"));
+    CHECK(contains(error_of(lane_left, 1, 20, ints), "thread 20 does not exist"));
+    CHECK(contains(error_of(not_in_own_mask, 1, kWarpSize, ints), "not in its own mask"));
+    CHECK(contains(error_of(shuffle_from_outside, 1, 10), "not in the mask"));
+    CHECK(contains(error_of(wait_for_later_block, 2, kWarpSize), "has not run"));
+    CHECK(contains(error_of(wait_for_later_block, 1, 1025), "cannot be launched"));
+    CHECK(contains(error_of(wait_for_later_block, 0, 1), "cannot be launched"));
+  }
+  CHECK(poison_seen);
+
+  emulator::set_order("sideways");
+  CHECK(contains(error_of(shared_index, 1, 1, 0), "expected forward, reverse or random:SEED"));
+  emulator::set_order(nullptr);
+}
+
+// Poison returns with every block, so that no block reads what another one left.
+__global__ void read_before_write(float* out) {
+  __shared__ SharedArray<float, 1> value;
+  out[blockIdx.x] = value[0];
+  value[0] = 1.0f;
+}
+
+void test_poison_in_every_block() {
+  float out[3];
+  emulator::launch("read_before_write", read_before_write, 3, 1, out);
+  for (const float value : out) CHECK(value != value);
+}
+
+// A fault unwinds every thread of the block.
+struct Witness {
+  explicit Witness(int* alive) : alive(alive) { ++*alive; }
+  ~Witness() { --*alive; }
+  int* alive;
+};
+
+__global__ void fault_beside_waiting_threads(int* alive) {
+  const Witness witness(alive);
+  __shared__ SharedArray<int, 4> values;
+  if (threadIdx.x == 50) values[4] = 0;
+  sync_block();
+}
+
+void test_unwinding() {
+  for (const char* order : kOrders) {
+    emulator::set_order(order);
+    int alive = 0;
+    CHECK(
+        contains(error_of(fault_beside_waiting_threads, 1, kThreads, &alive), "thread (50, 0, 0)"));
+    CHECK(alive == 0);
+  }
+}
+
+}  // namespace
+}  // namespace fastzoo::cuda
+
+int main() {
+  fastzoo::cuda::test_correct_kernels();
+  fastzoo::cuda::test_planted_faults();
+  fastzoo::cuda::test_poison_in_every_block();
+  fastzoo::cuda::test_unwinding();
+  if (fastzoo::cuda::failures == 0) std::printf("ok\n");
+  return fastzoo::cuda::failures;
+}

@@ -1,0 +1,24 @@
+"""Every operator, every backend that it has, every check."""
+
+import pytest
+
+from fastzoo.ops._operator import OPERATORS
+from fastzoo.testing import SPECS
+from fastzoo.testing.conformance import CHECKS
+from tests.conftest import DEVICE
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        (name, backend)
+        for name in SPECS
+        for backend in OPERATORS[name].has
+        if not (backend == "cpu" and DEVICE == "cuda")
+    ],
+)
+def test_conformance(name: str, backend: str, check: str) -> None:
+    # A backend that cannot run here fails the test rather than skipping it.
+    assert OPERATORS[name].refusal(backend, DEVICE) is None
+    CHECKS[check](SPECS[name], backend, DEVICE)
