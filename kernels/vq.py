@@ -82,7 +82,7 @@ def _score_bound(a, b, dims, DTYPE: tl.constexpr, METRIC: tl.constexpr):
     else:
         scale = a * b
     roundings = (dims + 8).to(tl.float64)
-    bound = 1.02 * roundings * (unit + 1.1102230246251565e-16) * scale
+    bound = 1.02 * roundings * (unit + 2.220446049250313e-16) * scale
     bound += 4 * roundings * smallest * (1 + tl.maximum(a, b))
     provable = (a * b + b * b < largest_sum) & (dims <= 65536)
     return tl.where(provable, bound, float("inf"))

@@ -49,9 +49,11 @@ FASTZOO_HD double exact_score(Metric metric, const X& x, const Code& c, int64_t 
 //   a = |x'|, b = max |c'| as the fast pass sees them, n = D.
 //   l2:     gamma(n+1) (b^2/2 + ab)  for the sum,  unit (a+b)^2 (1 + ..)  for rounding x', c',
 //           and (n+2) 2^-53 (a+b)^2 / 2 for the definition's own rounding;
-//   others: gamma(n+1) ab + unit ab for rounding c/|c|, and (n+3) 2^-53 ab for the definition.
-// All are below the expression used, for n <= 65536; beyond that nothing is proven and every code
-// is a candidate. The last term covers results that underflow, flushed to zero or not.
+//   others: gamma(n+1) ab + unit ab for rounding c/|c|, and (n+3) 2^-53 ab for the definition;
+//           cosine also n 2^-53 ab where the fast pass sums |c| in another order.
+// All are below the expression used, for n <= 65536 and while no partial sum of the fast pass can
+// overflow; beyond that nothing is proven and every code is a candidate. The last term covers
+// results that underflow, flushed to zero or not. For cosine, b is infinite where a |c| is.
 // a and b come from norm_above(): a norm taken in double, never too small.
 // A code whose fast score s satisfies s < best - 2 bound cannot be the answer; written as
 // "not less", the test keeps every code when anything is NaN or infinite.
@@ -61,11 +63,12 @@ FASTZOO_HD double norm_above(double sum_of_squares, int64_t n) {
 
 FASTZOO_HD double score_bound(Metric metric, int64_t n, double a, double b, double unit,
                               double smallest) {
-  if (n > 65536) return 1e308 * 10;
+  const double largest_sum = unit > 0x1p-40 ? 1e38 : 1e307;
+  if (n > 65536 || !(a * b + b * b < largest_sum)) return __builtin_inf();
   const double scale = metric == Metric::l2 ? (a + b) * (a + b) / 2 : a * b;
   const double roundings = static_cast<double>(n + 8);
   const double largest = a > b ? a : b;
-  return 1.02 * roundings * (unit + 0x1p-53) * scale + 4 * roundings * smallest * (1 + largest);
+  return 1.02 * roundings * (unit + 0x1p-52) * scale + 4 * roundings * smallest * (1 + largest);
 }
 
 }  // namespace fastzoo::math

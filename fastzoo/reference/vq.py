@@ -60,10 +60,9 @@ def vq_nearest(
 
 def _first_best(scores: Tensor) -> Tensor:
     """The lowest index of the highest score, NaN below everything."""
-    nan = scores.isnan()
-    best = scores.masked_fill(nan, -torch.inf).amax(1, keepdim=True)
-    is_best = (scores == best) | nan.all(1, keepdim=True)
-    return is_best.byte().argmax(1)
+    best = scores.masked_fill(scores.isnan(), -torch.inf).amax(1, keepdim=True)
+    # Where all are NaN none equals the best, and argmax gives the first.
+    return (scores == best).byte().argmax(1)
 
 
 def vq_nearest_backward(

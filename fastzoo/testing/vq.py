@@ -55,6 +55,17 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
         )
         yield sample("special-codes", broken_x, broken_codes, metric)
         yield sample("nan-codebook", x, torch.full_like(codebook, torch.nan), metric)
+    # The only score that is a number, and no higher than -inf, is the best.
+    x, codes = torch.ones(1, 2), torch.tensor([[torch.nan, 0], [-torch.inf, 0], [-torch.inf, 1]])
+    yield sample("nan-below-minus-infinity", x, codes, "dot")
+    if dtype in (torch.float32, torch.bfloat16):
+        # Partial sums of the fast pass overflow where the exact score does not.
+        x, codes = torch.ones(1, 4), torch.tensor(
+            [[2, 2, -3, 0], [1.5, 0, 0, 0], [2, -3, 2, 0], [-3, 2, 2, 0]]
+        )
+        for metric in METRICS:
+            yield sample("overflowing-partial-sums", x, codes * 1e38, metric)
+    x, codebook = random_codes(50, 70, 9, seed=3)
     yield sample("leading-dimensions", x.reshape(2, 5, 5, 9), codebook)
     yield sample("one-vector", x[0], codebook)
     if dtype in (torch.float32, torch.float64):
