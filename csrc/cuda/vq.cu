@@ -96,14 +96,14 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) atomic_max(norm_bits, math::bits_as<uint64_t>(largest));
 }
 
-// The two highest scores of a row, and the lowest index of the highest.
+// The two highest scores of a row, and a code that has the highest: in a tie any of them, since
+// a tie proves nothing.
 template <class C>
 struct TopTwo {
   C best = -kInfinity<C>;
   C second = -kInfinity<C>;
   int index = 0;
 
-  // Indices come in rising order.
   FASTZOO_DEVICE void add(C score, int i) {
     if (score > best) {
       second = best;
@@ -124,10 +124,9 @@ struct TopTwo {
   }
 
   FASTZOO_DEVICE void merge(C other_best, C other_second, int other_index) {
-    const bool wins = other_best > best || (other_best == best && other_index < index);
+    index = other_best > best ? other_index : index;
     second = math::maximum(math::minimum(best, other_best), math::maximum(second, other_second));
     best = math::maximum(best, other_best);
-    index = wins ? other_index : index;
   }
 };
 

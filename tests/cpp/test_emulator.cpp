@@ -142,6 +142,17 @@ __global__ void neighbour_without_barrier(float* out) {
   out[threadIdx.x] = values[(threadIdx.x + 1) % kThreads];
 }
 
+// The first warp overwrites what the others have yet to read: only a warp that gets ahead of them
+// shows it, because each stops to vote between reading and writing.
+__global__ void overwrite_without_barrier(int* out) {
+  __shared__ SharedArray<int, 1> value;
+  if (threadIdx.x == 0) value[0] = 0;
+  sync_block();
+  out[threadIdx.x] = value[0];
+  (void)any(true);
+  if (threadIdx.x == 0) value[0] = 1;
+}
+
 __global__ void early_return(int* out) {
   if (threadIdx.x == 40) return;
   sync_block();
@@ -198,6 +209,7 @@ __global__ void wait_for_later_block() {
 
 void test_planted_faults() {
   bool poison_seen = false;
+  bool overwrite_seen = false;
   for (const char* order : kOrders) {
     emulator::set_order(order);
     float out[kThreads];
@@ -205,6 +217,9 @@ void test_planted_faults() {
 
     emulator::launch("planted", neighbour_without_barrier, 1, kThreads, out);
     for (const float value : out) poison_seen = poison_seen || value != value;
+
+    emulator::launch("planted", overwrite_without_barrier, 1, kThreads, ints);
+    for (int i = 0; i < kThreads; ++i) overwrite_seen = overwrite_seen || ints[i] != 0;
 
     std::string error = error_of(early_return, 1, kThreads, ints);
     CHECK(contains(error, "divergent barrier") && contains(error, "thread 40 has exited"));
@@ -237,6 +252,7 @@ void test_planted_faults() {
     CHECK(contains(error_of(wait_for_later_block, 0, 1), "cannot be launched"));
   }
   CHECK(poison_seen);
+  CHECK(overwrite_seen);
 
   emulator::set_order("sideways");
   CHECK(contains(error_of(shared_index, 1, 1, 0), "expected forward, reverse or random:SEED"));

@@ -30,7 +30,66 @@ namespace {
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr int kMostThreads = 1024;
 
-enum class State { fresh, ready, waiting, exited };
+enum class State { fresh, running, waiting, exited };
+
+// Which threads can run, and which of them does: always the first in an order of preference, so
+// that a warp runs as far ahead of the others as the kernel lets it.
+class Schedule {
+ public:
+  static constexpr int kNone = -1;
+
+  Schedule(const std::string& order, int threads)
+      : by_rank_(threads), rank_(threads), ready_((threads + 63) / 64) {
+    std::iota(by_rank_.begin(), by_rank_.end(), 0);
+    const std::string random = "random:";
+    if (order == "reverse") {
+      std::reverse(by_rank_.begin(), by_rank_.end());
+    } else if (order.compare(0, random.size(), random) == 0) {
+      shuffled_ = true;
+      generator_.seed(std::strtoull(order.c_str() + random.size(), nullptr, 10));
+    } else if (order != "forward") {
+      throw EmulationError("FASTZOO_EMULATOR_ORDER=" + order +
+                           ": expected forward, reverse or random:SEED");
+    }
+  }
+
+  // All threads can run, at a block's start and after a barrier.
+  void release_all() {
+    if (shuffled_) shuffle();
+    for (size_t i = 0; i < by_rank_.size(); ++i) rank_[by_rank_[i]] = static_cast<int>(i);
+    for (size_t i = 0; i < by_rank_.size(); ++i) release(static_cast<int>(i));
+  }
+
+  void release(int thread) { ready_[rank_[thread] / 64] |= uint64_t{1} << rank_[thread] % 64; }
+
+  // The next thread to run, until it is released again; kNone where all wait.
+  int take() {
+    for (size_t word = 0; word < ready_.size(); ++word) {
+      if (ready_[word] == 0) continue;
+      const int bit = __builtin_ctzll(ready_[word]);
+      ready_[word] &= ready_[word] - 1;
+      return by_rank_[word * 64 + bit];
+    }
+    return kNone;
+  }
+
+ private:
+  // At times warp by warp, so that one gets ahead, at times with all their threads mixed.
+  void shuffle() {
+    std::shuffle(by_rank_.begin(), by_rank_.end(), generator_);
+    if (generator_() % 2 == 0) return;
+    uint64_t key[kMostThreads / kWarpSize];
+    for (uint64_t& warp : key) warp = generator_();
+    std::stable_sort(by_rank_.begin(), by_rank_.end(),
+                     [&](int a, int b) { return key[a / kWarpSize] < key[b / kWarpSize]; });
+  }
+
+  std::vector<int> by_rank_;
+  std::vector<int> rank_;
+  std::vector<uint64_t> ready_;
+  bool shuffled_ = false;
+  std::mt19937_64 generator_;
+};
 
 // What a waiting thread waits for; those who wait for one another agree in all of it.
 struct Meeting {
@@ -87,6 +146,7 @@ struct Device {
 
   jmp_buf scheduler;
   Fiber* running = nullptr;
+  Schedule* schedule = nullptr;
   int threads = 0;
   int at_barrier = 0;
   std::vector<uint32_t> lanes_waiting;  // one mask a warp
@@ -180,67 +240,36 @@ void cancel(Device& d) {
   d.cancelling = true;
   for (int i = 0; i < d.threads; ++i) {
     Fiber& fiber = *d.fibers[i];
-    if (fiber.state == State::ready || fiber.state == State::waiting) fiber.resume();
+    if (fiber.state == State::running || fiber.state == State::waiting) fiber.resume();
     fiber.state = State::exited;
   }
   d.cancelling = false;
 }
 
-class Schedule {
- public:
-  Schedule(const std::string& order, int threads) : order_(threads) {
-    std::iota(order_.begin(), order_.end(), 0);
-    const std::string random = "random:";
-    if (order == "reverse") {
-      std::reverse(order_.begin(), order_.end());
-    } else if (order.compare(0, random.size(), random) == 0) {
-      shuffled_ = true;
-      generator_.seed(std::strtoull(order.c_str() + random.size(), nullptr, 10));
-    } else if (order != "forward") {
-      throw EmulationError("FASTZOO_EMULATOR_ORDER=" + order +
-                           ": expected forward, reverse or random:SEED");
-    }
-  }
-
-  const std::vector<int>& next_round() {
-    if (shuffled_) std::shuffle(order_.begin(), order_.end(), generator_);
-    return order_;
-  }
-
- private:
-  std::vector<int> order_;
-  bool shuffled_ = false;
-  std::mt19937_64 generator_;
-};
-
-void run_block(Device& d, Schedule& schedule) {
+void run_block(Device& d) {
   for (const SharedMemory& memory : d.shared) std::memset(memory.data, 0xff, memory.bytes);
   for (int i = 0; i < d.threads; ++i) d.fibers[i]->state = State::fresh;
   d.at_barrier = 0;
   std::fill(d.lanes_waiting.begin(), d.lanes_waiting.end(), 0);
-  int left = d.threads;
-  while (left > 0) {
-    bool progress = false;
-    for (const int i : schedule.next_round()) {
-      Fiber& fiber = *d.fibers[i];
-      if (fiber.state != State::fresh && fiber.state != State::ready) continue;
-      progress = true;
-      fiber.state = State::ready;
-      fiber.resume();
-      if (fiber.state == State::exited) --left;
-      if (d.error) return cancel(d);
-    }
-    if (!progress) {
+  d.schedule->release_all();
+  for (int left = d.threads; left > 0;) {
+    const int next = d.schedule->take();
+    if (next == Schedule::kNone) {
       d.error = std::make_exception_ptr(EmulationError(
           std::string(d.kernel) + ", block " + text(blockIdx) + ": " + describe_deadlock(d)));
-      return cancel(d);
+    } else {
+      Fiber& fiber = *d.fibers[next];
+      fiber.state = State::running;
+      fiber.resume();
+      if (fiber.state == State::exited) --left;
     }
+    if (d.error) return cancel(d);
   }
 }
 
-void wait_until_released(Device& d) {
-  Fiber* self = d.running;
-  self->suspend();
+// Returns once the thread is released and its turn has come.
+void wait_for_turn(Device& d) {
+  d.running->suspend();
   if (d.cancelling) throw Cancelled();
 }
 
@@ -253,15 +282,16 @@ int position(const Device& d) {
 
 void wait_for_block(Site site) {
   Device& d = device();
-  Fiber& self = *d.running;
-  self.meeting = {Collective::sync_block, 0, site};
-  self.state = State::waiting;
-  if (++d.at_barrier < d.threads) return wait_until_released(d);
-  for (int i = 0; i < d.threads; ++i) {
-    if (!(d.fibers[i]->meeting == self.meeting)) return wait_until_released(d);
+  const Meeting meeting{Collective::sync_block, 0, site};
+  d.running->meeting = meeting;
+  d.running->state = State::waiting;
+  bool complete = ++d.at_barrier == d.threads;
+  for (int i = 0; complete && i < d.threads; ++i) complete = d.fibers[i]->meeting == meeting;
+  if (complete) {
+    d.at_barrier = 0;
+    d.schedule->release_all();
   }
-  d.at_barrier = 0;
-  for (int i = 0; i < d.threads; ++i) d.fibers[i]->state = State::ready;
+  wait_for_turn(d);
 }
 
 uint64_t wait_for_lanes(Collective kind, uint32_t mask, uint64_t value, int source, Site site) {
@@ -296,12 +326,11 @@ uint64_t wait_for_lanes(Collective kind, uint32_t mask, uint64_t value, int sour
     for (int i = 0; i < kWarpSize; ++i) {
       if ((mask >> i & 1) == 0) continue;
       at(i).value = kind == Collective::ballot ? votes : brought[at(i).source];
-      at(i).state = State::ready;
+      d.schedule->release(warp * kWarpSize + i);
     }
     waiting &= ~mask;
-  } else {
-    wait_until_released(d);
   }
+  wait_for_turn(d);
   return self.value;
 }
 
@@ -348,10 +377,11 @@ void run(const char* name, dim3 grid, dim3 block, void (*body)(void*), void* con
                     : environment != nullptr && *environment != 0 ? environment
                                                                   : "forward",
                     d.threads);
+  d.schedule = &schedule;
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z) {
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y) {
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        run_block(d, schedule);
+        run_block(d);
         if (d.error) std::rethrow_exception(std::exchange(d.error, nullptr));
       }
     }

@@ -1,6 +1,6 @@
 // The kernel vocabulary of runtime.h on the host. The threads of a block are fibers of one host
-// thread: each runs until it waits for others, and the order in which they run can be chosen, so
-// that a missing barrier shows. Blocks run one after another.
+// thread: each runs until it waits for others, and which of those that can run does so can be
+// chosen, so that a missing barrier shows. Blocks run one after another.
 // Reported as an EmulationError, thrown by the launch: a barrier or a warp collective that some
 // thread never reaches, a shared array's index out of range, a misaligned vector access, a shuffle
 // from a lane that takes no part, a wait for a block that has not run. Shared memory holds NaN at
