@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import fastzoo
+from fastzoo import backends
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,13 +19,18 @@ def main(argv: list[str] | None = None) -> None:
         "selftest", help="prove parity and speed of the installed build on this machine"
     )
     selftest.add_argument("op", nargs="?", help="one operator (default: all)")
-    selftest.add_argument("--backend", help="one backend (default: each that can run here)")
-    selftest.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    selftest.add_argument(
+        "--backend", choices=backends.NAMES, help="one backend (default: each that can run here)"
+    )
+    selftest.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU"
+    )
     selftest.add_argument("--bench", action="store_true", help="measure instead of checking")
     selftest.add_argument(
         "--shape",
         nargs="+",
         default=[],
+        type=_size,
         metavar="NAME=SIZE",
         help="measure this shape, e.g. n=4096 k=8192 dim=256, or n=20000",
     )
@@ -37,12 +43,19 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_selftest(arguments))
 
 
+def _size(text: str) -> tuple[str, int]:
+    name, _, size = text.partition("=")
+    if not name.isidentifier() or not size.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected NAME=SIZE, e.g. n=4096, got {text!r}")
+    return name, int(size)
+
+
 def _selftest(arguments: argparse.Namespace) -> int:
     from fastzoo.testing import selftest
 
     try:
         specs = selftest.select(arguments.op)
-        shape = {name: int(size) for name, size in (s.split("=") for s in arguments.shape)}
+        shape = dict(arguments.shape)
     except ValueError as error:
         print(f"fastzoo selftest: {error}", file=sys.stderr)
         return 2

@@ -39,7 +39,7 @@ class Info:
                 owned = [device for device, owner in self.owners[name].items() if owner == backend]
                 mark = f"auto:{'+'.join(owned)}" if owned else "yes"
                 cells.append(f"{mark if reason is None else 'no':9}")
-                if reason is not None and "has no" not in reason:
+                if reason is not None and reason != f"{name} has no {backend} kernel":
                     reasons[backend] = reason
             lines.append(f"{name:{width}}  " + "  ".join(cells))
         lines += ["", *(f"{backend}: {reason}" for backend, reason in reasons.items())]

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "backends": {"_native"},
     "_native": set(),
     "info": {"fastzoo", "_native", "backends", "ops"},
-    "cli": {"fastzoo", "testing", "info"},
+    "cli": {"fastzoo", "testing", "info", "backends"},
     "__main__": {"cli"},
     "fastzoo": {"ops", "reference", "backends", "info"},
 }

@@ -87,7 +87,7 @@ def test_selftest_fails_when_an_answer_is_wrong(
     [
         (["sort"], "unknown operator 'sort', expected one of nms, vq_nearest"),
         (["nms", "--shape", "n"], "fastzoo selftest: "),
-        (["nms", "--shape", "n=many"], "'many'"),
+        (["nms", "--shape", "n=many"], "'n=many'"),
         (["nms", "--shape", "rows=4"], "no case takes the sizes ['rows']"),
         (["nms", "--backend", "metal"], "metal"),
     ],

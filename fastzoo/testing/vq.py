@@ -60,8 +60,9 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("nan-below-minus-infinity", x, codes, "dot")
     if dtype in (torch.float32, torch.bfloat16):
         # Partial sums of the fast pass overflow where the exact score does not.
-        x, codes = torch.ones(1, 4), torch.tensor(
-            [[2, 2, -3, 0], [1.5, 0, 0, 0], [2, -3, 2, 0], [-3, 2, 2, 0]]
+        x, codes = (
+            torch.ones(1, 4),
+            torch.tensor([[2, 2, -3, 0], [1.5, 0, 0, 0], [2, -3, 2, 0], [-3, 2, 2, 0]]),
         )
         for metric in METRICS:
             yield sample("overflowing-partial-sums", x, codes * 1e38, metric)
