@@ -20,16 +20,20 @@ Metric parse_metric(const std::string& name) {
 
 cpu::Dtype kernel_dtype(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return cpu::Dtype::float32;
-    case ScalarType::Double: return cpu::Dtype::float64;
-    case ScalarType::Half: return cpu::Dtype::float16;
-    case ScalarType::BFloat16: return cpu::Dtype::bfloat16;
-    default: STD_TORCH_CHECK(false, "vq_nearest: float, double, half or bfloat16 needed");
+    case ScalarType::Float:
+      return cpu::Dtype::float32;
+    case ScalarType::Double:
+      return cpu::Dtype::float64;
+    case ScalarType::Half:
+      return cpu::Dtype::float16;
+    case ScalarType::BFloat16:
+      return cpu::Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, "vq_nearest: float, double, half or bfloat16 needed");
   }
 }
 
-std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook,
-                                      std::string metric) {
+std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, std::string metric) {
   const Tensor rows = torch::stable::contiguous(x);
   const Tensor codes = torch::stable::contiguous(codebook);
   const ScalarType compute = compute_dtype(x.scalar_type());
@@ -102,8 +106,7 @@ std::tuple<Tensor, Tensor> vq_nearest_backward(const Tensor& grad, const Tensor&
                                                const Tensor& codebook, const Tensor& indices,
                                                std::string metric) {
   const ScalarType dtype = x.scalar_type();
-  const Tensor upstream =
-      torch::stable::contiguous(torch::stable::to(grad, compute_dtype(dtype)));
+  const Tensor upstream = torch::stable::contiguous(torch::stable::to(grad, compute_dtype(dtype)));
   const Tensor rows = torch::stable::contiguous(x);
   const Tensor codes = torch::stable::contiguous(codebook);
   const Tensor chosen = torch::stable::contiguous(indices);
@@ -125,8 +128,8 @@ std::tuple<Tensor, Tensor> vq_nearest_backward(const Tensor& grad, const Tensor&
   int64_t* begins = static_cast<int64_t*>(begins_tensor.mutable_data_ptr());
   int64_t* order = static_cast<int64_t*>(order_tensor.mutable_data_ptr());
   for (int64_t row = 0; row < args.rows; ++row) {
-    STD_TORCH_CHECK(codes_of[row] >= 0 && codes_of[row] < args.codes,
-                    "vq_nearest_backward: index ", codes_of[row], " is out of range");
+    STD_TORCH_CHECK(codes_of[row] >= 0 && codes_of[row] < args.codes, "vq_nearest_backward: index ",
+                    codes_of[row], " is out of range");
     ++begins[codes_of[row]];
   }
   for (int64_t code = 1; code <= args.codes; ++code) begins[code] += begins[code - 1];

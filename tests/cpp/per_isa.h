@@ -8,12 +8,12 @@
 
 #include "../../csrc/cpu/runtime/capability.h"
 
-#define CHECK(condition)                                                     \
-  do {                                                                       \
-    if (!(condition)) {                                                      \
-      ++failures;                                                            \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);    \
-    }                                                                        \
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      ++failures;                                                         \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+    }                                                                     \
   } while (false)
 
 // Defines main(): runs checks(int& failures) of every instruction set that this CPU has.

@@ -1,4 +1,5 @@
-// The vector type and the element conversions agree with scalar arithmetic, special values included.
+// The vector type and the element conversions agree with scalar arithmetic, special values
+// included.
 #include "per_isa.h"
 
 namespace fastzoo::cpu {
@@ -33,7 +34,8 @@ void check_arithmetic(int& failures, T smallest) {
   using V = Vec<T>;
   const T infinity = static_cast<T>(__builtin_inf());
   const T nan = static_cast<T>(__builtin_nan(""));
-  const T values[] = {T(0), -T(0), T(1), T(-1), T(0.1), T(-7.3), smallest, infinity, -infinity, nan};
+  const T values[] = {T(0),    -T(0),    T(1),     T(-1),     T(0.1),
+                      T(-7.3), smallest, infinity, -infinity, nan};
   constexpr int kValues = sizeof(values) / sizeof(T);
   for (int first = 0; first < kValues; ++first) {
     for (int second = 0; second < kValues; ++second) {
@@ -77,9 +79,9 @@ void check_arithmetic(int& failures, T smallest) {
 double by_fields(uint16_t bits, int mantissa_bits, int bias) {
   const int exponent = (bits & 0x7fff) >> mantissa_bits;
   const int mantissa = bits & ((1 << mantissa_bits) - 1);
-  const double magnitude =
-      exponent == 0 ? __builtin_ldexp(mantissa, 1 - bias - mantissa_bits)
-                    : __builtin_ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+  const double magnitude = exponent == 0 ? __builtin_ldexp(mantissa, 1 - bias - mantissa_bits)
+                                         : __builtin_ldexp(mantissa + (1 << mantissa_bits),
+                                                           exponent - bias - mantissa_bits);
   return bits & 0x8000 ? -magnitude : magnitude;
 }
 

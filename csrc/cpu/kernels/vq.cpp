@@ -33,10 +33,14 @@ struct Limits<double> {
 template <class Body>
 FASTZOO_INLINE void with_element(Dtype dtype, const Body& body) {
   switch (dtype) {
-    case Dtype::float32: return body(float{});
-    case Dtype::float64: return body(double{});
-    case Dtype::float16: return body(Half{});
-    case Dtype::bfloat16: return body(BFloat16{});
+    case Dtype::float32:
+      return body(float{});
+    case Dtype::float64:
+      return body(double{});
+    case Dtype::float16:
+      return body(Half{});
+    case Dtype::bfloat16:
+      return body(BFloat16{});
   }
 }
 
@@ -259,24 +263,24 @@ struct Rows {
   T* threshold;  // best - margin: a code below it cannot be the answer
   int32_t* counts;
   Candidates<T>* candidates;  // [rows][kTiles]
-  Winner* winners;           // among the codes already scored exactly
+  Winner* winners;            // among the codes already scored exactly
+
+  static int64_t bytes_a_row(const VqArgs& args) {
+    return (args.dims + 3) * sizeof(T) + sizeof(int32_t) + kTiles * sizeof(Candidates<T>) +
+           sizeof(Winner);
+  }
 
   // A multiple of the panel, small enough for the block to stay in cache.
   static int64_t block_rows(const VqArgs& args) {
     const int64_t share = kAllBlocksBytes / args.threads;
-    const int64_t bytes = share < kBlockBytes ? share : kBlockBytes;
-    const int64_t fitting = bytes / (args.dims * static_cast<int64_t>(sizeof(T)));
+    const int64_t fitting = (share < kBlockBytes ? share : kBlockBytes) / bytes_a_row(args);
     const int64_t rows = fitting < kBlockRows ? fitting : kBlockRows;
     return rows < Gemm::kColumns ? Gemm::kColumns : rows / Gemm::kColumns * Gemm::kColumns;
   }
 
-  static int64_t bytes(const VqArgs& args) {
-    const int64_t a_row = (args.dims + 3) * sizeof(T) + sizeof(int32_t) +
-                          kTiles * sizeof(Candidates<T>) + sizeof(Winner);
-    return block_rows(args) * a_row;
-  }
+  static int64_t bytes(const VqArgs& args) { return block_rows(args) * bytes_a_row(args); }
 
-  // Every part is a multiple of a cache line long, as block_rows is one of kColumns.
+  // Every part is aligned for the next one, as block_rows is a multiple of kColumns.
   Rows(const Codes<Element>& codes, void* workspace) : codes(codes) {
     const int64_t count = block_rows(codes.args);
     char* next = static_cast<char*>(workspace);
@@ -337,8 +341,8 @@ struct Rows {
     const VqArgs& args = codes.args;
     const double a = math::norm_above(square, args.dims);
     const double b = args.largest_norm;
-    const double bound = math::score_bound(args.metric, args.dims, a, b, Limits<T>::unit,
-                                           Limits<T>::smallest);
+    const double bound =
+        math::score_bound(args.metric, args.dims, a, b, Limits<T>::unit, Limits<T>::smallest);
     const double size = args.metric == Metric::l2 ? (a + b) * (a + b) / 2 : a * b;
     // The subtraction best - margin rounds too; size bounds both of its ends.
     const double wanted = (2 * bound + 2 * Limits<T>::unit * (size + 2 * bound)) * (1 + 0x1p-20);
@@ -522,9 +526,12 @@ struct Slope {
 template <class Element>
 Slope slope(const VqBackwardArgs& args, double grad, const Element* own, const Element* other) {
   switch (args.metric) {
-    case Metric::l2: return {-2 * grad, -2 * grad};
-    case Metric::dot: return {grad, 0};
-    case Metric::cosine: break;
+    case Metric::l2:
+      return {-2 * grad, -2 * grad};
+    case Metric::dot:
+      return {grad, 0};
+    case Metric::cosine:
+      break;
   }
   double dot = 0, own_square = 0, other_square = 0;
   dot = wide_sum(args.dims, [&](int64_t k) {
@@ -562,9 +569,8 @@ void vq_plan(const VqArgs& args, VqPlan& plan) {
 }
 
 void vq_centre(const VqArgs& args, int64_t begin, int64_t end) {
-  with_element(args.dtype, [&](auto element) {
-    Codes<decltype(element)>{args}.find_centre(begin, end);
-  });
+  with_element(args.dtype,
+               [&](auto element) { Codes<decltype(element)>{args}.find_centre(begin, end); });
 }
 
 void vq_pack(const VqArgs& args, int64_t begin, int64_t end) {
@@ -581,9 +587,8 @@ void vq_select(VqArgs& args, int32_t* table, int64_t table_size) {
 }
 
 void vq_lookup(const VqArgs& args, int64_t begin, int64_t end, void* workspace) {
-  with_element(args.dtype, [&](auto element) {
-    lookup<decltype(element)>(args, begin, end, workspace);
-  });
+  with_element(args.dtype,
+               [&](auto element) { lookup<decltype(element)>(args, begin, end, workspace); });
 }
 
 void vq_backward_x(const VqBackwardArgs& args, int64_t begin, int64_t end) {

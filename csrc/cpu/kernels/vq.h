@@ -18,11 +18,11 @@ struct VqArgs {
   int threads;           // how many lookups run at once
 
   // Filled by the kernels, in the order below. "Compute type" is float, or double for float64.
-  void* centre;          // [dims] of the compute type: what l2 subtracts from both sides
-  void* panels;          // the packed codebook
-  double* norms;         // [codes] |c|; only for cosine
-  double* squares;       // [codes] |c'|^2 of the codes as packed
-  int32_t* loose;        // [loose_count] codes that the fast pass cannot score
+  void* centre;     // [dims] of the compute type: what l2 subtracts from both sides
+  void* panels;     // the packed codebook
+  double* norms;    // [codes] |c|; only for cosine
+  double* squares;  // [codes] |c'|^2 of the codes as packed
+  int32_t* loose;   // [loose_count] codes that the fast pass cannot score
   int64_t loose_count;
   double largest_norm;         // of the packed codes
   double largest_cosine_norm;  // of norms
@@ -42,9 +42,9 @@ struct VqBackwardArgs {
   Dtype dtype;
   math::Metric metric;
   int64_t rows, codes, dims;
-  const void* grad;      // [rows] of the compute type
-  const void* x;         // [rows][dims]
-  const void* codebook;  // [codes][dims]
+  const void* grad;            // [rows] of the compute type
+  const void* x;               // [rows][dims]
+  const void* codebook;        // [codes][dims]
   const int64_t* indices;      // [rows]
   const int64_t* code_begins;  // [codes + 1]: where a code's rows begin in order
   const int64_t* order;        // [rows]: the rows sorted by code, ascending within one

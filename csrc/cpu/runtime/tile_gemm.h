@@ -47,8 +47,8 @@ struct TileGemm {
     }
   }
 
-  // Calls epilogue(m, n, tile) for every tile, tile[i][j] holding result[m + i][n + j * V::size ..].
-  // For one n, the m ascend; within a block of left, every n is visited before the next block.
+  // Calls epilogue(m, n, tile) for every tile, tile[i][j] holding result[m + i][n + j * V::size
+  // ..]. For one n, the m ascend; within a block of left, every n is visited before the next block.
   template <class Epilogue>
   __attribute__((always_inline)) static void run(const T* left, int64_t left_rows, const T* right,
                                                  int64_t right_rows, int64_t depth,
