@@ -51,10 +51,9 @@ void check_size(int& failures, int64_t rows, int64_t columns, int64_t depth) {
     });
   }
   for (int64_t first = 0; first < padded_columns; first += Gemm::kColumns) {
-    pack_lines<Gemm::kColumns>(right + first * depth, first, columns, depth,
-                               [](int64_t row, int64_t k) {
-                                 return static_cast<T>(element(1, row, k));
-                               });
+    pack_lines<Gemm::kColumns>(
+        right + first * depth, first, columns, depth,
+        [](int64_t row, int64_t k) { return static_cast<T>(element(1, row, k)); });
   }
 
   int64_t tiles = 0;

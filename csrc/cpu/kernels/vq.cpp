@@ -265,22 +265,22 @@ struct Rows {
   Candidates<T>* candidates;  // [rows][kTiles]
   Winner* winners;            // among the codes already scored exactly
 
+  static int64_t bytes_a_row(const VqArgs& args) {
+    return (args.dims + 3) * sizeof(T) + sizeof(int32_t) + kTiles * sizeof(Candidates<T>) +
+           sizeof(Winner);
+  }
+
   // A multiple of the panel, small enough for the block to stay in cache.
   static int64_t block_rows(const VqArgs& args) {
     const int64_t share = kAllBlocksBytes / args.threads;
-    const int64_t bytes = share < kBlockBytes ? share : kBlockBytes;
-    const int64_t fitting = bytes / (args.dims * static_cast<int64_t>(sizeof(T)));
+    const int64_t fitting = (share < kBlockBytes ? share : kBlockBytes) / bytes_a_row(args);
     const int64_t rows = fitting < kBlockRows ? fitting : kBlockRows;
     return rows < Gemm::kColumns ? Gemm::kColumns : rows / Gemm::kColumns * Gemm::kColumns;
   }
 
-  static int64_t bytes(const VqArgs& args) {
-    const int64_t a_row = (args.dims + 3) * sizeof(T) + sizeof(int32_t) +
-                          kTiles * sizeof(Candidates<T>) + sizeof(Winner);
-    return block_rows(args) * a_row;
-  }
+  static int64_t bytes(const VqArgs& args) { return block_rows(args) * bytes_a_row(args); }
 
-  // Every part is a multiple of a cache line long, as block_rows is one of kColumns.
+  // Every part is aligned for the next one, as block_rows is a multiple of kColumns.
   Rows(const Codes<Element>& codes, void* workspace) : codes(codes) {
     const int64_t count = block_rows(codes.args);
     char* next = static_cast<char*>(workspace);
