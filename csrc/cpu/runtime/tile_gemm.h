@@ -33,17 +33,26 @@ struct TileGemm {
                                                       Tile& tile) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) tile[i][0] = tile[i][1] = V(left[i]);
-    for (int64_t k = 0; k < depth; ++k) {
-      left += kRows;
-      const V right0 = V::load(right);
-      const V right1 = V::load(right + V::size);
-      right += kColumns;
+    // Whole rounds of 8 steps: a depth of 8 then has no loop whose end could be mispredicted.
+    int64_t k = 0;
+    for (; k + 8 <= depth; k += 8) {
+#pragma GCC unroll 8
+      for (int step = 0; step < 8; ++step) add_step(left, right, tile);
+    }
+    for (; k < depth; ++k) add_step(left, right, tile);
+  }
+
+  // Adds the products of the next line of both panels.
+  __attribute__((always_inline)) static void add_step(const T*& left, const T*& right, Tile& tile) {
+    left += kRows;
+    const V right0 = V::load(right);
+    const V right1 = V::load(right + V::size);
+    right += kColumns;
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        const V broadcast(left[i]);
-        tile[i][0] = fused_multiply_add(broadcast, right0, tile[i][0]);
-        tile[i][1] = fused_multiply_add(broadcast, right1, tile[i][1]);
-      }
+    for (int i = 0; i < kRows; ++i) {
+      const V broadcast(left[i]);
+      tile[i][0] = fused_multiply_add(broadcast, right0, tile[i][0]);
+      tile[i][1] = fused_multiply_add(broadcast, right1, tile[i][1]);
     }
   }
 
