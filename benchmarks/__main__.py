@@ -2,26 +2,27 @@
 
 import argparse
 import importlib.util
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import machine, overhead, report, results
 from benchmarks.results import Record
-from benchmarks.rows import Row, measure_row, select
+from benchmarks.rows import Row, measure_case, select
 from fastzoo.testing import SPECS
 from fastzoo.testing.selftest import default_device
 
 _ROOT = Path(__file__).parent.parent
 
 
-def _progress(rows: list[Row]) -> Iterable[Row]:
+def _progress(cases: list[list[Row]]) -> Iterable[list[Row]]:
     """A progress bar where rich is installed; the lines alone elsewhere."""
     if importlib.util.find_spec("rich") is None:
-        return rows
+        return cases
     from rich.progress import track
 
-    return track(rows, description="measuring")
+    return track(cases, description="measuring")
 
 
 def _line(record: Record) -> str:
@@ -73,9 +74,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("no case has this name and takes these sizes")
 
     records = []
-    for row in _progress(rows):
-        records.append(measure_row(row, budget=arguments.budget))
-        print(_line(records[-1]), flush=True)
+    by_case = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.problem)]
+    for case_rows in _progress(by_case):
+        for record in measure_case(case_rows, budget=arguments.budget):
+            records.append(record)
+            print(_line(record), flush=True)
     measured: Record = {"machine": machine.describe(arguments.device), "rows": records}
     for op in dict.fromkeys(record["op"] for record in records):
         print(f"{op}: {report.smallest_ratio(measured, op)}")

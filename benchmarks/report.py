@@ -13,14 +13,14 @@ _HEAD = """# Benchmarks
 
 Written by `python -m benchmarks` from `benchmarks/results/*.json`; do not edit.
 
-Every row runs in one process, on the same inputs and threads. An answer is checked before it is
-timed: fastzoo's must equal the definition's bit for bit, or there is no time and no ratio; of a
-peer, the share of right answers is shown, and one below 99 % is not timed. Times are medians;
-what a user of a peer does once (building an index, converting boxes, compiling) is not counted.
-A ratio is a peer's time over fastzoo's: above 1, fastzoo is faster. Memory is the peak beyond the
-inputs; on a CPU it is seen every 0.2 ms, so a short call shows none. `floor` is the share of the
-least possible time: the case's operations at the fastest matrix product that torch reaches on the
-machine, or its bytes at the speed of a copy.
+Every row runs in one process, on the same inputs and threads; the rows of a case take turns. An
+answer is checked before it is timed: fastzoo's must equal the definition's bit for bit, or there is
+no time and no ratio; of a peer, the share of right answers is shown, and one below 99 % is not
+timed. Times are medians; what a user of a peer does once (building an index, converting boxes,
+compiling) is not counted. A ratio is a peer's time over fastzoo's: above 1, fastzoo is faster.
+Memory is the peak beyond the inputs; on a CPU it is seen every 0.2 ms, so a short call shows none.
+`floor` is the share of the least possible time: the case's operations at the fastest matrix product
+that torch reaches on the machine, or its bytes at the speed of a copy.
 
 Measure your own machine with `make bench`, or `python -m fastzoo selftest --bench` where only the
 package is installed.

@@ -13,7 +13,7 @@ from benchmarks.implementation import Implementation, Unavailable, first_line
 from benchmarks.peers import PEERS
 from fastzoo.ops._operator import OPERATORS
 from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
-from fastzoo.testing.timing import measure
+from fastzoo.testing.timing import measure_together
 
 # Below this share of right answers a peer computes something else, and its time means nothing.
 _LEAST_SHARE = 0.99
@@ -138,6 +138,28 @@ def _problems(
 
 def measure_row(row: Row, *, budget: float = 1.0) -> dict[str, Any]:
     """The record of a row: a time, or ``reason`` (it cannot run) or ``error`` (it is wrong)."""
+    return measure_case([row], budget=budget)[0]
+
+
+def measure_case(rows: list[Row], *, budget: float = 1.0) -> list[dict[str, Any]]:
+    """The records of rows of one case: all are checked, then timed turn by turn."""
+    checked = [_check(row) for row in rows]
+    calls = [record.pop("call") for record in checked if "call" in record]
+    timings = iter(measure_together(calls, rows[0].problem.device, budget=budget))
+    for row, record in zip(rows, checked, strict=True):
+        if "equal" in record:
+            timing = next(timings)
+            record.update(
+                seconds=timing.median,
+                minimum=timing.minimum,
+                repeats=timing.repeats,
+                peak_bytes=timing.peak_bytes,
+                **row.rates(timing.median),
+            )
+    return checked
+
+
+def _check(row: Row) -> dict[str, Any]:
     record: dict[str, Any] = {
         "op": row.problem.spec.name,
         "case": row.problem.name,
@@ -146,22 +168,13 @@ def measure_row(row: Row, *, budget: float = 1.0) -> dict[str, Any]:
     }
     try:
         call, share = row.checked_call()
-        timing = measure(call, row.problem.device, budget=budget)
     except Unavailable as reason:
         return {**record, "reason": str(reason)}
     except AssertionError as wrong:
         return {**record, "error": str(wrong)}
     except Exception as failure:  # a report goes on past any failure
         return {**record, "error": first_line(failure)}
-    return {
-        **record,
-        "seconds": timing.median,
-        "minimum": timing.minimum,
-        "repeats": timing.repeats,
-        "peak_bytes": timing.peak_bytes,
-        "equal": share,
-        **row.rates(timing.median),
-    }
+    return {**record, "equal": share, "call": call}
 
 
 def run_in_pytest(row: Row, benchmark: Any) -> None:

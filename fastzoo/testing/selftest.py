@@ -13,7 +13,7 @@ from fastzoo.ops._operator import OPERATORS
 from fastzoo.testing.conformance import CHECKS, runnable_backends
 from fastzoo.testing.spec import BenchmarkCase, OpSpec
 from fastzoo.testing.specs import SPECS
-from fastzoo.testing.timing import measure
+from fastzoo.testing.timing import measure_together
 
 
 def default_device() -> str:
@@ -102,8 +102,7 @@ def _benchmark(
     record["equal"] = bool(torch.equal(mine, expected))
     if record["checked_against"] == "reference" and not record["equal"]:
         return {**record, "error": "differs from the reference: no time is given"}
-    times = measure(ours, device)
-    baseline = measure(eager, device)
+    times, baseline = measure_together([ours, eager], device)
     return {
         **record,
         "seconds": times.median,

@@ -14,6 +14,7 @@ import torch
 
 # Larger than any cache we time on, so that a call does not find its inputs in it.
 _FLUSH_BYTES = 256 << 20
+_TURNS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,24 +28,39 @@ class Timing:
 
 
 def measure(call: Callable[[], object], device: str, *, budget: float = 1.0) -> Timing:
-    """Call until ``budget`` seconds are spent, at least 5 times after two warm-ups.
+    """Time one call; see :func:`measure_together`."""
+    return measure_together([call], device, budget=budget)[0]
 
-    A call that alone exceeds the budget is timed once, cold.
 
-    On a GPU device events time each call, with the L2 cache flushed between calls.
+def measure_together(
+    calls: list[Callable[[], object]], device: str, *, budget: float = 1.0
+) -> list[Timing]:
+    """Time calls that are to be compared, turn by turn, so that a busy machine slows them all.
+
+    Each is called until it has had ``budget`` seconds, at least 5 times after two warm-ups; one
+    that alone exceeds the budget is timed once, cold. On a GPU device events time each call, with
+    the L2 cache flushed between calls.
     """
     once = _time_cuda if device == "cuda" else _time_cpu
-    first = once(call)
-    if first > budget:
-        return Timing(first, first, 1, peak_memory(call, device))
-    once(call)
-    times: list[float] = []
-    spent = 0.0
-    while (spent < budget or len(times) < 5) and len(times) < 10_000:
-        started = time.perf_counter()
-        times.append(once(call))
-        spent += time.perf_counter() - started
-    return Timing(statistics.median(times), min(times), len(times), peak_memory(call, device))
+    times = [[once(call)] for call in calls]
+    quick = [i for i, (first,) in enumerate(times) if first <= budget]
+    spent = dict.fromkeys(quick, 0.0)
+    for i in quick:
+        once(calls[i])
+        times[i].clear()
+    while unfinished := [i for i in quick if spent[i] < budget or len(times[i]) < 5]:
+        for i in unfinished:
+            turn = time.perf_counter() + budget / _TURNS
+            while True:
+                started = time.perf_counter()
+                times[i].append(once(calls[i]))
+                spent[i] += time.perf_counter() - started
+                if time.perf_counter() >= turn:
+                    break
+    return [
+        Timing(statistics.median(found), min(found), len(found), peak_memory(call, device))
+        for call, found in zip(calls, times, strict=True)
+    ]
 
 
 def _time_cpu(call: Callable[[], object]) -> float:
