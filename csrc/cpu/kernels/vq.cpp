@@ -214,13 +214,13 @@ struct Codes {
   void select(VqArgs& result, int32_t* table, int64_t table_size) const {
     for (int64_t i = 0; i < table_size; ++i) table[i] = -1;
     result.loose_count = 0;
-    result.largest_norm = 0;
+    double largest_square = 0;
     result.largest_cosine_norm = 0;
     const double limit = outlier_square();
     for (int64_t index = 0; index < args.codes; ++index) {
-      const double norm = math::norm_above(args.squares[index], args.dims);
+      const double square = args.squares[index];
       const double cosine_norm = args.metric == Metric::cosine ? args.norms[index] : 0;
-      if (!(args.squares[index] <= limit && norm < kInfinity && cosine_norm < kInfinity)) {
+      if (!(square <= limit && square < kInfinity && cosine_norm < kInfinity)) {
         args.loose[result.loose_count++] = static_cast<int32_t>(index);
         T* column = start(index);
         for (int64_t k = 0; k <= args.dims; ++k) column[k * Gemm::kRows] = T(0);
@@ -228,10 +228,11 @@ struct Codes {
       } else if (repeats(index, table, table_size)) {
         *start(index) = -static_cast<T>(kInfinity);
       } else {
-        result.largest_norm = math::maximum(result.largest_norm, norm);
+        largest_square = math::maximum(largest_square, square);
         result.largest_cosine_norm = math::maximum(result.largest_cosine_norm, cosine_norm);
       }
     }
+    result.largest_norm = math::norm_above(largest_square, args.dims);
   }
 };
 
