@@ -359,8 +359,59 @@ def check_selection(spec: OpSpec, backend: str, device: str) -> None:
             _assert_like_definition(spec, sample, actual, "under use_backend")
 
 
-CHECKS: dict[str, Check] = {
-    name.removeprefix("check_"): check
-    for name, check in list(globals().items())
-    if name.startswith("check_")
-}
+def gpu_check_side_stream(spec: OpSpec, backend: str, device: str) -> None:
+    """Kernels run on the current stream, after what made their inputs there."""
+    for sample in _plain_samples(spec):
+        waiting = [_to(arg, device) for arg in sample.args]
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in waiting]
+            actual = spec.function(*args, **sample.kwargs, backend=backend)
+        stream.synchronize()
+        _assert_like_definition(spec, sample, actual, f"{sample.name} on a side stream")
+
+
+def gpu_check_graph_capture(spec: OpSpec, backend: str, device: str) -> None:
+    """A fixed-shape operator is captured in a CUDA graph, and replays on other values."""
+    if not spec.fixed_shape or backend == "reference":
+        return
+    first, second = (
+        next(iter(_plain_samples(spec, dtype))) for dtype in (torch.float32, torch.bfloat16)
+    )
+    # The same shapes with other values: those that bfloat16 has.
+    other = tuple(a.float() if isinstance(a, Tensor) else a for a in second.args)
+    args = [_to(arg, device) for arg in first.args]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        spec.function(*args, **first.kwargs, backend=backend)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = spec.function(*args, **first.kwargs, backend=backend)
+    for sample in (first, Sample(second.name, other, second.kwargs)):
+        for static, value in zip(args, sample.args, strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        _assert_like_definition(spec, sample, captured, f"{sample.name}, replayed")
+
+
+def _named(prefix: str) -> dict[str, Check]:
+    return {
+        name.removeprefix(prefix): check
+        for name, check in globals().items()
+        if name.startswith(prefix)
+    }
+
+
+CHECKS: dict[str, Check] = _named("check_")
+GPU_CHECKS: dict[str, Check] = _named("gpu_check_")
+
+
+def checks_on(device: str) -> dict[str, Check]:
+    """Every check by name; on a GPU also those that need one."""
+    return {**CHECKS, **GPU_CHECKS} if device == "cuda" else CHECKS

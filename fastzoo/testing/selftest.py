@@ -10,7 +10,7 @@ import torch
 
 import fastzoo
 from fastzoo.ops._operator import OPERATORS
-from fastzoo.testing.conformance import CHECKS, runnable_backends
+from fastzoo.testing.conformance import checks_on, runnable_backends
 from fastzoo.testing.spec import BenchmarkCase, OpSpec
 from fastzoo.testing.specs import SPECS
 from fastzoo.testing.timing import measure_together
@@ -50,7 +50,7 @@ def run_checks(specs: list[OpSpec], backend: str | None, device: str) -> Iterato
             reason = OPERATORS[spec.name].refusal(name, device)
             if reason is not None:
                 raise RuntimeError(f"{spec.name}: backend {name!r} cannot run: {reason}")
-            for check_name, check in CHECKS.items():
+            for check_name, check in checks_on(device).items():
                 started, error = time.perf_counter(), None
                 try:
                     check(spec, name, device)

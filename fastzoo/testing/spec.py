@@ -61,6 +61,8 @@ class OpSpec:
         samples: ``samples(dtype)`` -> valid calls on CPU tensors, every edge of the family.
         invalid: calls that must raise.
         dtypes: that the operator takes.
+        fixed_shape: the output's shape does not depend on the values, and no call waits for the
+            device.
         differentiable: the floating result that has gradients, given the output, or None.
         gradient_sample: ``gradient_sample(dtype)`` -> a call where the result is smooth around
             its arguments, with ``differentiable`` results on.
@@ -86,6 +88,7 @@ class OpSpec:
         torch.float16,
         torch.bfloat16,
     )
+    fixed_shape: bool = False
     differentiable: Callable[[Any], Tensor] | None = None
     gradient_sample: Callable[[torch.dtype], Sample] | None = None
     tolerance: Callable[..., Tensor] | None = None

@@ -162,6 +162,7 @@ VQ_NEAREST = OpSpec(
         codebook,
         metric,
     ),
+    fixed_shape=True,
     differentiable=lambda output: output[1],
     gradient_sample=gradient_sample,
     tolerance=tolerance,

@@ -4,11 +4,11 @@ import pytest
 
 from fastzoo.ops._operator import OPERATORS
 from fastzoo.testing import SPECS
-from fastzoo.testing.conformance import CHECKS
+from fastzoo.testing.conformance import checks_on
 from tests.conftest import DEVICE
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", checks_on(DEVICE))
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
@@ -21,4 +21,4 @@ from tests.conftest import DEVICE
 def test_conformance(name: str, backend: str, check: str) -> None:
     # A backend that cannot run here fails the test rather than skipping it.
     assert OPERATORS[name].refusal(backend, DEVICE) is None
-    CHECKS[check](SPECS[name], backend, DEVICE)
+    checks_on(DEVICE)[check](SPECS[name], backend, DEVICE)
