@@ -93,7 +93,8 @@ def _benchmark(
     def eager() -> Any:
         return spec.eager(*args)
 
-    record: dict[str, Any] = {"op": spec.name, "case": case.name, "shape": shape}
+    name = case.name if shape == case.shape else "shape as asked"
+    record: dict[str, Any] = {"op": spec.name, "case": name, "shape": shape}
     record["backend"] = backend or OPERATORS[spec.name].owner(device)
     theirs, mine = eager(), ours()
     # The eager formula is not exact; the share of equal answers is shown, the definition decides.
