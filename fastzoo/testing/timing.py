@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import os
 import statistics
 import threading
 import time
@@ -97,11 +98,7 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return 0
-    page = 4096
-    with contextlib.suppress(ImportError, OSError):
-        import resource
-
-        page = resource.getpagesize()
+    page = os.sysconf("SC_PAGE_SIZE")
     done = threading.Event()
     peak = 0
 
