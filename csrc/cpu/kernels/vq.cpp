@@ -78,6 +78,17 @@ struct Winner {
   }
 };
 
+// The sums of squares of packed rows: lines [depth][kCount].
+template <int kCount, class T>
+FASTZOO_INLINE void add_squares(const T* lines, int64_t depth, double (&squares)[kCount]) {
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int i = 0; i < kCount; ++i) {
+      const double value = lines[k * kCount + i];
+      squares[i] += value * value;
+    }
+  }
+}
+
 template <class Element>
 struct Codes {
   using T = typename ComputeOf<Element>::type;
@@ -151,12 +162,7 @@ struct Codes {
         break;
     }
     double squares[Gemm::kRows] = {};
-    for (int64_t k = 0; k < args.dims; ++k) {
-      for (int i = 0; i < Gemm::kRows; ++i) {
-        const double value = lines[k * Gemm::kRows + i];
-        squares[i] += value * value;
-      }
-    }
+    add_squares<Gemm::kRows>(lines, args.dims, squares);
     for (int64_t i = 0; i < Gemm::kRows; ++i) {
       if (i >= valid) {
         starts[i] = -static_cast<T>(kInfinity);
@@ -317,12 +323,7 @@ struct Rows {
         });
       }
       double squares[Gemm::kColumns] = {};
-      for (int64_t k = 0; k < args.dims; ++k) {
-        for (int i = 0; i < Gemm::kColumns; ++i) {
-          const double value = lines[k * Gemm::kColumns + i];
-          squares[i] += value * value;
-        }
-      }
+      add_squares<Gemm::kColumns>(lines, args.dims, squares);
       for (int i = 0; i < Gemm::kColumns; ++i) {
         const bool proves = column + i < count && set_margin(column + i, squares[i]);
         if (!proves) {
