@@ -6,10 +6,12 @@ fake and the autograd formula. C++ registers ``op`` and ``op.cpu`` on the CPU ke
 on the CUDA key; the rest is registered here.
 """
 
+import functools
 import importlib
+import operator
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +22,11 @@ from fastzoo import backends
 
 _library = torch.library.Library("fastzoo", "DEF")
 _AUTOCAST_DEVICES = ("cpu", "cuda")
+_AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA")
+_AUTOCAST_KEYSET = functools.reduce(
+    operator.or_,
+    (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in _AUTOCAST_KEYS),
+)
 
 OPERATORS: dict[str, "Operator"] = {}
 
@@ -39,7 +46,10 @@ class Operator:
             operator without gradients.
         differentiable_reference: run the reference under autograd wherever derivatives are asked
             for. It is the formula of an operator that is itself a gradient.
-        autocast: the dtype that autocast casts floating inputs to.
+        autocast: the dtype that autocast casts floating inputs to, or ``off``: the inputs stay as
+            they are, and nothing inside of the operator is cast.
+        public: the public function, whose reference knows forward-mode derivatives; by default
+            of the operator's own name.
     """
 
     def __init__(
@@ -54,9 +64,11 @@ class Operator:
         setup_context: Callable[..., None] | None = None,
         backward: Callable[..., Any] | None = None,
         differentiable_reference: bool = False,
-        autocast: torch.dtype | None = None,
+        autocast: torch.dtype | Literal["off"] | None = None,
+        public: str | None = None,
     ) -> None:
         self.name = schema.split("(")[0]
+        self.public = public or self.name
         self.has = has
         self._reference = reference
         self._triton = triton
@@ -93,7 +105,11 @@ class Operator:
             elif differentiable_reference:
                 kernel = self._through_reference(overload)
                 _library.impl(overload.name().removeprefix("fastzoo::"), kernel, "Autograd")
-            if autocast is not None:
+            if autocast == "off":
+                for key in _AUTOCAST_KEYS:
+                    kernel = self._without_autocast(overload)
+                    _library.impl(overload.name().removeprefix("fastzoo::"), kernel, key)
+            elif autocast is not None:
                 for device in _AUTOCAST_DEVICES:
                     torch.library.register_autocast(overload.name(), device, autocast, lib=_library)
         OPERATORS[self.name] = self
@@ -183,8 +199,8 @@ class Operator:
             if _has_tangent(args):
                 # Below the Autograd key the tangent would be dropped, and come out as a zero.
                 raise NotImplementedError(
-                    f"fastzoo.ops.{self.name} has no forward-mode derivative: "
-                    f"use fastzoo.reference.{self.name}"
+                    f"fastzoo.ops.{self.public} has no forward-mode derivative: "
+                    f"use fastzoo.reference.{self.public}"
                 )
             if _wants_gradient(args):
                 if torch._C._are_functorch_transforms_active():
@@ -194,6 +210,13 @@ class Operator:
                         return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
                 return function.apply(*args)
             return below(*args)
+
+        return kernel
+
+    def _without_autocast(self, overload: Any) -> Callable[..., Any]:
+        def kernel(*args: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYSET):
+                return overload(*args)
 
         return kernel
 
