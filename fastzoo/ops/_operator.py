@@ -48,8 +48,8 @@ class Operator:
             for. It is the formula of an operator that is itself a gradient.
         autocast: the dtype that autocast casts floating inputs to, or ``off``: the inputs stay as
             they are, and nothing inside of the operator is cast.
-        public: the public function, whose reference knows forward-mode derivatives; by default
-            of the operator's own name.
+        public: the public functions, whose references know forward-mode derivatives; by default
+            the one of the operator's own name.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Operator:
         backward: Callable[..., Any] | None = None,
         differentiable_reference: bool = False,
         autocast: torch.dtype | Literal["off"] | None = None,
-        public: str | None = None,
+        public: tuple[str, ...] = (),
     ) -> None:
         self.name = schema.split("(")[0]
-        self.public = public or self.name
+        self.public = public or (self.name,)
         self.has = has
         self._reference = reference
         self._triton = triton
@@ -199,8 +199,8 @@ class Operator:
             if _has_tangent(args):
                 # Below the Autograd key the tangent would be dropped, and come out as a zero.
                 raise NotImplementedError(
-                    f"fastzoo.ops.{self.public} has no forward-mode derivative: "
-                    f"use fastzoo.reference.{self.public}"
+                    f"fastzoo.ops.{self.public[0]} has no forward-mode derivative: use "
+                    + ", ".join(f"fastzoo.reference.{name}" for name in self.public)
                 )
             if _wants_gradient(args):
                 if torch._C._are_functorch_transforms_active():

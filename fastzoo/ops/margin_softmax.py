@@ -109,7 +109,7 @@ def _fake_gradients(
 _NEGATIVES = Operator(
     f"margin_softmax_negatives({_CLASSES}, Tensor class_weight, {_OPTIONS}, bool with_total,"
     " bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    public="margin_softmax_loss",
+    public=("margin_softmax_loss",),
     reference=reference.margin_softmax_negatives,
     fake=_fake_negatives,
     triton="margin_softmax.margin_softmax_negatives",
@@ -124,7 +124,7 @@ _NEGATIVES_BACKWARD = Operator(
     f" Tensor grad_embedding_norm, Tensor grad_weight_norm, {_CLASSES}, Tensor class_weight,"
     f" Tensor lse, Tensor kept, Tensor kept_max, {_OPTIONS}, {_NEEDS})"
     " -> (Tensor, Tensor, Tensor)",
-    public="margin_softmax_loss",
+    public=("margin_softmax_loss",),
     reference=reference.margin_softmax_negatives_backward,
     fake=lambda *args: _fake_gradients(args[5], args[6], args[8], args[-3:]),
     triton="margin_softmax.margin_softmax_negatives_backward",
@@ -147,7 +147,6 @@ def _backward_target(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _TARGET = Operator(
     "margin_softmax_target(Tensor cosine, Tensor m1, Tensor m2, Tensor m3, str rule) -> Tensor",
-    public="margin_softmax_target",
     reference=reference.margin_softmax_target,
     fake=lambda cosine, m1, m2, m3, rule: cosine.new_empty(cosine.shape),
     triton="margin_softmax.margin_softmax_target",
@@ -159,7 +158,6 @@ _TARGET = Operator(
 _TARGET_BACKWARD = Operator(
     "margin_softmax_target_backward(Tensor grad, Tensor cosine, Tensor m1, Tensor m2, Tensor m3,"
     " str rule) -> (Tensor, Tensor, Tensor, Tensor)",
-    public="margin_softmax_target",
     reference=reference.margin_softmax_target_backward,
     fake=lambda grad, *args: tuple(grad.new_empty(grad.shape) for _ in range(4)),
     triton="margin_softmax.margin_softmax_target_backward",
@@ -190,7 +188,7 @@ def _backward_scores(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 _SCORES = Operator(
     f"margin_softmax_scores({_CLASSES}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    public="margin_softmax_logits",
+    public=("margin_softmax_logits",),
     reference=reference.margin_softmax_scores,
     fake=_fake_scores,
     triton="margin_softmax.margin_softmax_scores",
@@ -205,7 +203,7 @@ _SCORES_BACKWARD = Operator(
     "margin_softmax_scores_backward(Tensor grad_scores, Tensor grad_target,"
     f" Tensor grad_embedding_norm, Tensor grad_weight_norm, {_CLASSES}, {_OPTIONS}, {_NEEDS})"
     " -> (Tensor, Tensor, Tensor)",
-    public="margin_softmax_logits",
+    public=("margin_softmax_logits",),
     reference=reference.margin_softmax_scores_backward,
     fake=lambda *args: _fake_gradients(args[4], args[5], args[7], args[-3:]),
     triton="margin_softmax.margin_softmax_scores_backward",

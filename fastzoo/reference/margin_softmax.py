@@ -127,9 +127,9 @@ def _logits_and_norm(
     u = x @ w.t()
     if margin.normalize_embeddings:
         u = u / norm.clamp(min=NORM_FLOOR)[:, None]
-    length = safe_norm(w).clamp(min=NORM_FLOOR)
+    length = safe_norm(w)
     if margin.normalize_weight:
-        u = u / length
+        u = u / length.clamp(min=NORM_FLOOR)
     u = u.unflatten(1, (-1, sub_centers))
     winner = u.argmax(2, keepdim=True)
     u = u.gather(2, winner)[..., 0]
@@ -141,7 +141,7 @@ def _logits_and_norm(
         column[:, 0], winner.gather(1, column[..., None])[:, 0, 0]
     ]
     unscaled = margin.normalize_embeddings and not margin.normalize_weight
-    cosine = own / magnitude if unscaled else own
+    cosine = own / magnitude.clamp(min=NORM_FLOOR) if unscaled else own
     state = margin.initial_state(norm.detach()) if state is None else state.to(dtype)
     state = margin.update(state, cosine.detach(), norm.detach(), valid)
     rule, *coefficients = margin.terms(norm, state)
