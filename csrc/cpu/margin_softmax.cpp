@@ -161,6 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(Inputs& in, const Tensor& grad_t
   const Tensor grad_weight =
       wanted(needs_weight, {args.classes * args.sub_centers, args.dims}, dtype);
   const Tensor grad_scale = wanted(needs_scale, {args.rows}, in.compute());
+  ask_for_large_pages(grad_weight, grad_weight.numel() * grad_weight.element_size());
   args.grad_embeddings = grad_embeddings.mutable_data_ptr();
   args.grad_weight = grad_weight.mutable_data_ptr();
   args.grad_scale = grad_scale.mutable_data_ptr();
