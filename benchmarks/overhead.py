@@ -27,7 +27,7 @@ def _per_call(call: Callable[[], object], device: str) -> float:
 
 def call_overhead(spec: OpSpec, device: str) -> dict[str, Any]:
     """Seconds of a call on the smallest case, through the public function and without it."""
-    operator = OPERATORS[spec.name]
+    operator = OPERATORS[spec.operator]
     case = spec.benchmarks[0]
     args = case.make(device, **case.shape)
     native = operator.overloads[operator.owner(device)]

@@ -20,7 +20,7 @@ _LEAST_SHARE = 0.99
 
 
 def _fastzoo(spec: OpSpec, backend: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-    reason = OPERATORS[spec.name].refusal(backend, args[0].device.type)
+    reason = OPERATORS[spec.operator].refusal(backend, args[0].device.type)
     if reason is not None:
         raise Unavailable(reason)
     return functools.partial(spec.function, *args, **kwargs, backend=backend)
@@ -28,14 +28,14 @@ def _fastzoo(spec: OpSpec, backend: str, *args: Any, **kwargs: Any) -> Callable[
 
 def implementations(op: str, device: str) -> list[Implementation]:
     """fastzoo's backends for a device, then the peers that have the operator."""
-    owner = OPERATORS[op].owner(device)
+    owner = OPERATORS[SPECS[op].operator].owner(device)
     own = [
         Implementation(
             f"fastzoo {backend}",
             {op: functools.partial(_fastzoo, SPECS[op], backend)},
             kind="auto" if backend == owner else "backend",
         )
-        for backend in OPERATORS[op].has
+        for backend in OPERATORS[SPECS[op].operator].has
         if backend == device or (backend == "triton" and device == "cuda")
     ]
     return own + [peer for peer in PEERS if op in peer.operators]

@@ -13,6 +13,7 @@ from fastzoo.reference.contrastive import reduce
 from fastzoo.reference.margin_softmax import compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
+_PUBLIC = ("clip_loss", "sigmoid_contrastive_loss", "info_nce", "nt_xent")
 
 
 def _fake(
@@ -61,7 +62,7 @@ _CONTRASTIVE = Operator(
     "contrastive(Tensor queries, Tensor keys, Tensor positives, Tensor scale, Tensor bias,"
     " bool exclude_self, bool columns, bool sigmoid, bool bfloat16_products)"
     " -> (Tensor, Tensor, Tensor)",
-    public="clip_loss",
+    public=_PUBLIC,
     reference=reference.contrastive,
     fake=_fake,
     triton="contrastive.contrastive",
@@ -76,7 +77,7 @@ _CONTRASTIVE_BACKWARD = Operator(
     " Tensor queries, Tensor keys, Tensor positives, Tensor scale, Tensor bias, Tensor row,"
     " Tensor column, bool exclude_self, bool sigmoid, bool bfloat16_products, bool needs_queries,"
     " bool needs_keys, bool needs_scale) -> (Tensor, Tensor, Tensor, Tensor)",
-    public="clip_loss",
+    public=_PUBLIC,
     reference=reference.contrastive_backward,
     fake=_fake_backward,
     triton="contrastive.contrastive_backward",

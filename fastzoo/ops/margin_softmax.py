@@ -15,8 +15,8 @@ from fastzoo import reference
 from fastzoo.ops._checks import check_floating, check_same, check_tensor
 from fastzoo.ops._operator import Operator
 from fastzoo.reference.margin_softmax import (
-    NORM_FLOOR,
     compute_dtype,
+    inverse,
     per_row,
     reduce_rows,
     row_weights,
@@ -109,7 +109,7 @@ def _fake_gradients(
 _NEGATIVES = Operator(
     f"margin_softmax_negatives({_CLASSES}, Tensor class_weight, {_OPTIONS}, bool with_total,"
     " bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    public="margin_softmax_loss",
+    public=("margin_softmax_loss",),
     reference=reference.margin_softmax_negatives,
     fake=_fake_negatives,
     triton="margin_softmax.margin_softmax_negatives",
@@ -124,7 +124,7 @@ _NEGATIVES_BACKWARD = Operator(
     f" Tensor grad_embedding_norm, Tensor grad_weight_norm, {_CLASSES}, Tensor class_weight,"
     f" Tensor lse, Tensor kept, Tensor kept_max, {_OPTIONS}, {_NEEDS})"
     " -> (Tensor, Tensor, Tensor)",
-    public="margin_softmax_loss",
+    public=("margin_softmax_loss",),
     reference=reference.margin_softmax_negatives_backward,
     fake=lambda *args: _fake_gradients(args[5], args[6], args[8], args[-3:]),
     triton="margin_softmax.margin_softmax_negatives_backward",
@@ -147,7 +147,6 @@ def _backward_target(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _TARGET = Operator(
     "margin_softmax_target(Tensor cosine, Tensor m1, Tensor m2, Tensor m3, str rule) -> Tensor",
-    public="margin_softmax_target",
     reference=reference.margin_softmax_target,
     fake=lambda cosine, m1, m2, m3, rule: cosine.new_empty(cosine.shape),
     triton="margin_softmax.margin_softmax_target",
@@ -159,7 +158,6 @@ _TARGET = Operator(
 _TARGET_BACKWARD = Operator(
     "margin_softmax_target_backward(Tensor grad, Tensor cosine, Tensor m1, Tensor m2, Tensor m3,"
     " str rule) -> (Tensor, Tensor, Tensor, Tensor)",
-    public="margin_softmax_target",
     reference=reference.margin_softmax_target_backward,
     fake=lambda grad, *args: tuple(grad.new_empty(grad.shape) for _ in range(4)),
     triton="margin_softmax.margin_softmax_target_backward",
@@ -190,7 +188,7 @@ def _backward_scores(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 
 _SCORES = Operator(
     f"margin_softmax_scores({_CLASSES}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    public="margin_softmax_logits",
+    public=("margin_softmax_logits",),
     reference=reference.margin_softmax_scores,
     fake=_fake_scores,
     triton="margin_softmax.margin_softmax_scores",
@@ -205,7 +203,7 @@ _SCORES_BACKWARD = Operator(
     "margin_softmax_scores_backward(Tensor grad_scores, Tensor grad_target,"
     f" Tensor grad_embedding_norm, Tensor grad_weight_norm, {_CLASSES}, {_OPTIONS}, {_NEEDS})"
     " -> (Tensor, Tensor, Tensor)",
-    public="margin_softmax_logits",
+    public=("margin_softmax_logits",),
     reference=reference.margin_softmax_scores_backward,
     fake=lambda *args: _fake_gradients(args[4], args[5], args[7], args[-3:]),
     triton="margin_softmax.margin_softmax_scores_backward",
@@ -265,7 +263,8 @@ def margin_softmax_loss(
     margin's ``f``; ``loss = -log softmax(logits)[y]``, as ``torch.nn.functional.cross_entropy``
     has it. Forward and backward walk over the classes a chunk at a time: beyond inputs and
     gradients the memory needed does not grow with N x C. Gradients are finite everywhere: an
-    angle's derivative is held at sines below 2^-12, and a zero row passes none on.
+    angle's derivative is held at sines below 2^-12, and a vector shorter than 1e-12, whose
+    cosines are 0, passes none on.
 
     Args:
         embeddings: ``[N, D]``; float32, float64, float16 or bfloat16.
@@ -514,9 +513,9 @@ def target_cosine(classes: Classes, margin: Margin) -> Tensor:
     own = classes.weight.view(-1, k, x.shape[1])[index].to(dtype)
     dots = (own * x.to(dtype)[:, None]).sum(2)
     if margin.normalize_weight:
-        dots = dots / safe_norm(own).clamp(min=NORM_FLOOR)
+        dots = dots * inverse(safe_norm(own))
     if margin.normalize_embeddings:
-        dots = dots / safe_norm(x.to(dtype)).clamp(min=NORM_FLOOR)[:, None]
+        dots = dots * inverse(safe_norm(x.to(dtype)))[:, None]
     return torch.where(classes.labels >= 0, dots.amax(1), 0)
 
 
@@ -599,7 +598,7 @@ def target_logit(
 ) -> Tensor:
     """The logit of each row's own class, the margin applied ``[N]``."""
     by_weight = margin.normalize_embeddings and not margin.normalize_weight
-    cosine = rows.target / rows.weight_norm.clamp(min=NORM_FLOOR) if by_weight else rows.target
+    cosine = rows.target * inverse(rows.weight_norm) if by_weight else rows.target
     rule, *coefficients = margin.terms(rows.embedding_norm, state)
     m1, m2, m3 = (per_row(value, scale) for value in coefficients)
     operator = _TARGET.choose(backend, scale.device.type)

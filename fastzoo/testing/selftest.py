@@ -47,7 +47,7 @@ def run_checks(specs: list[OpSpec], backend: str | None, device: str) -> Iterato
     for spec in specs:
         backends = [backend] if backend else runnable_backends(spec, device)
         for name in backends:
-            reason = OPERATORS[spec.name].refusal(name, device)
+            reason = OPERATORS[spec.operator].refusal(name, device)
             if reason is not None:
                 raise RuntimeError(f"{spec.name}: backend {name!r} cannot run: {reason}")
             for check_name, check in checks_on(device).items():
@@ -95,7 +95,7 @@ def _benchmark(
 
     name = case.name if shape == case.shape else "shape as asked"
     record: dict[str, Any] = {"op": spec.name, "case": name, "shape": shape}
-    record["backend"] = backend or OPERATORS[spec.name].owner(device)
+    record["backend"] = backend or OPERATORS[spec.operator].owner(device)
     theirs, mine = eager(), ours()
     # The eager formula is not exact; the share of equal answers is shown, the definition decides.
     expected = spec.function(*args, **case.kwargs, backend="reference") if _small(args) else theirs

@@ -53,7 +53,8 @@ class OpSpec:
     """One public function of fastzoo.ops.
 
     Args:
-        name: of the function, and of its dispatcher operator.
+        name: of the function.
+        operator: the dispatcher operator that does its work; by default of the function's name.
         function: the public function.
         definition: the oracle, same arguments as ``function`` less ``backend``. It is called on
             CPU tensors, and decides in float64 where the operator does.
@@ -69,6 +70,10 @@ class OpSpec:
         dispatch_args: the arguments of the dispatcher operator for a sample.
         tolerance: ``tolerance(args, kwargs)`` -> absolute error allowed of each floating output,
             derived beside its definition.
+        autocast_tolerance: as ``tolerance``, of an operator whose products run in the autocast
+            dtype; None where it computes in float32 as if its arguments were cast by hand.
+        gradient_rtol: ``gradient_rtol(dtype, *args, **kwargs)`` -> relative error of gradients
+            beyond that of sums over the arguments' elements.
         cancellation: ``cancellation(args, kwargs)`` -> the size of terms that cancel in a
             gradient, on which its rounding errors are relative.
         benchmarks: rows.
@@ -92,4 +97,10 @@ class OpSpec:
     differentiable: Callable[[Any], Tensor] | None = None
     gradient_sample: Callable[[torch.dtype], Sample] | None = None
     tolerance: Callable[..., Tensor] | None = None
+    autocast_tolerance: Callable[..., Tensor] | None = None
+    gradient_rtol: Callable[..., float] | None = None
     cancellation: Callable[..., float] | None = None
+    operator: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "operator", self.operator or self.name)

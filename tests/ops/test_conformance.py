@@ -14,11 +14,11 @@ from tests.conftest import DEVICE
     [
         (name, backend)
         for name in SPECS
-        for backend in OPERATORS[name].has
+        for backend in OPERATORS[SPECS[name].operator].has
         if not (backend == "cpu" and DEVICE == "cuda")
     ],
 )
 def test_conformance(name: str, backend: str, check: str) -> None:
     # A backend that cannot run here fails the test rather than skipping it.
-    assert OPERATORS[name].refusal(backend, DEVICE) is None
+    assert OPERATORS[SPECS[name].operator].refusal(backend, DEVICE) is None
     checks_on(DEVICE)[check](SPECS[name], backend, DEVICE)
