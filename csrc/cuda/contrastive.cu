@@ -47,7 +47,7 @@ struct PairSums {
 };
 
 template <class T, class Scheme>
-__global__ void __launch_bounds__(kTileThreads)
+__global__ void __launch_bounds__(kTileThreads, Scheme::kBlocksEach)
     contrastive_scan(Rows<T> queries, Rows<T> keys, const typename Scheme::Value* scale_data,
                      const typename Scheme::Value* bias_data, bool exclude_self, bool sigmoid,
                      PairSums<typename Scheme::Value> out) {
@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kTileThreads)
   const int thread = threadIdx.x;
   const int warp = thread / kWarpSize;
   const int64_t first_row = int64_t{blockIdx.x} * Scheme::kRows;
+  const int rows = tile_left(queries.count, first_row, Scheme::kRows);
   const C scale = *scale_data;
   const C bias = *bias_data;
 
@@ -66,12 +67,12 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int64_t tile = blockIdx.y; tile * kTileColumns < keys.count; tile += gridDim.y) {
     const int64_t first_key = tile * kTileColumns;
     auto z = product.multiply(queries, first_row, keys, first_key);
-    const int64_t left = keys.count - first_key;
+    const int left = tile_left(keys.count, first_key, kTileColumns);
 #pragma unroll
     for (int i = 0; i < Scheme::kRowsEach; ++i) {
-      const int64_t row = first_row + Scheme::row(i);
-      const int64_t self = exclude_self ? row - first_key : -1;
-      const int64_t row_left = row < queries.count ? left : 0;
+      const int row = Scheme::row(i);
+      const int self = exclude_self ? in_tile(first_row + row, first_key, kTileColumns) : -1;
+      const int row_left = row < rows ? left : 0;
       C largest = -kInfinity<C>;
 #pragma unroll
       for (int j = 0; j < Scheme::kColumnsEach; ++j) {
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kTileThreads)
     }
     sync_block();
     // The next product's barriers keep the arrays until all of this is read.
-    if (thread < kTileColumns && thread < left) {
+    if (thread < left) {
       LogSum<C> column;
 #pragma unroll
       for (int other = 0; other < kTileWarps; ++other) {
@@ -132,9 +133,9 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
   for (int i = 0; i < Scheme::kRowsEach; ++i) {
     const C sum = row_sum<Scheme>(sums[i].sum);
-    const int64_t row = first_row + Scheme::row(i);
-    if (thread % Scheme::kRowLanes != 0 || row >= queries.count) continue;
-    out.rows[blockIdx.y * queries.count + row] = {sums[i].largest, sum};
+    const int row = Scheme::row(i);
+    if (thread % Scheme::kRowLanes != 0 || row >= rows) continue;
+    out.rows[blockIdx.y * queries.count + first_row + row] = {sums[i].largest, sum};
   }
 }
 

@@ -100,9 +100,10 @@ struct NegativeSums {
   C* kept_max;
 };
 
-// `weight` is the first sub-centre of each class.
-template <class T, class Scheme>
-__global__ void __launch_bounds__(kTileThreads)
+// `weight` is the first sub-centre of each class; where they have `several`, the best one's score
+// is held beside the product under way.
+template <class T, class Scheme, bool several>
+__global__ void __launch_bounds__(kTileThreads, several ? 1 : Scheme::kBlocksEach)
     margin_softmax_scan(Rows<T> embeddings, Rows<T> weight,
                         Negatives<typename Scheme::Value> scores,
                         NegativeSums<typename Scheme::Value> out) {
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kTileThreads)
   for (int64_t tile = blockIdx.y; tile * kTileColumns < classes; tile += gridDim.y) {
     const int64_t first_class = tile * kTileColumns;
     typename TileProduct<Scheme, T>::Products best;
-    for (int64_t j = 0; j < scores.sub_centers; ++j) {
+    for (int64_t j = 0; j < (several ? scores.sub_centers : 1); ++j) {
       if (thread < kTileColumns) {
         const int64_t c = first_class + thread;
         const bool scaled = scores.column_factors != nullptr && c < classes;
@@ -153,18 +154,18 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
         for (int c = 0; c < Scheme::kColumnsEach; ++c) {
           const C u = dots(i, c) * row_factor * column_factors[current + Scheme::column(c)];
-          if (j == 0 || u > best(i, c) || math::is_nan(u)) best(i, c) = u;
+          if (!several || j == 0 || u > best(i, c) || math::is_nan(u)) best(i, c) = u;
         }
       }
       current ^= kTileColumns;
     }
 
-    const int64_t left = classes - first_class;
+    const int left = tile_left(classes, first_class, kTileColumns);
 #pragma unroll
     for (int i = 0; i < Scheme::kRowsEach; ++i) {
       const int tile_row = Scheme::row(i);
       const int64_t row = first_row + tile_row;
-      const int64_t own = labels[tile_row] - first_class;
+      const int own = in_tile(labels[tile_row], first_class, kTileColumns);
       const C scale = scales[tile_row];
       const C threshold = thresholds[tile_row];
       C largest = -kInfinity<C>;
@@ -282,8 +283,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_softma
                                   data(kept_max)};
         const Rows<T> first_centers{right.data, classes, sub_centers * right.dims, right.dims,
                                     right.aligned};
-        stream.launch("margin_softmax_scan", margin_softmax_scan<T, Scheme>, grid, kTileThreads,
-                      left, first_centers, scores, out);
+        stream.launch("margin_softmax_scan",
+                      sub_centers > 1 ? margin_softmax_scan<T, Scheme, true>
+                                      : margin_softmax_scan<T, Scheme, false>,
+                      grid, kTileThreads, left, first_centers, scores, out);
         launch_combine<C>(stream, sums, false, lse);
         if (with_total) launch_combine<C>(stream, totals, true, total);
       });

@@ -28,6 +28,7 @@ struct FusedScheme {
   static constexpr int kRowsEach = sizeof(C) == sizeof(float) ? 8 : 4;
   static constexpr int kColumnsEach = 4;
   static constexpr int kRows = kTileThreads / kRowLanes * kRowsEach;
+  static constexpr int kBlocksEach = sizeof(C) == sizeof(float) ? 2 : 1;  // that a unit can hold
 
   FASTZOO_DEVICE static int row(int i) { return threadIdx.x / kRowLanes * kRowsEach + i; }
   FASTZOO_DEVICE static int column(int j) { return threadIdx.x % kRowLanes * kColumnsEach + j; }
@@ -78,6 +79,7 @@ struct MmaScheme {
   static constexpr int kRowsEach = 2;
   static constexpr int kColumnsEach = 16;
   static constexpr int kRows = kTileWarps * 16;
+  static constexpr int kBlocksEach = 2;
 
   FASTZOO_DEVICE static int row(int i) {
     return threadIdx.x / kWarpSize * 16 + threadIdx.x % kWarpSize / kRowLanes + i * 8;
@@ -208,6 +210,16 @@ class TileProduct {
   TileSlabs<Scheme>& slabs_;
   int current_ = 0;
 };
+
+// Of an index into a whole matrix, that into the tile that begins at `first`; -1 for another's.
+FASTZOO_DEVICE int in_tile(int64_t index, int64_t first, int size) {
+  return index >= first && index - first < size ? static_cast<int>(index - first) : -1;
+}
+
+// How many of the `size` rows from `first` on there are.
+FASTZOO_DEVICE int tile_left(int64_t count, int64_t first, int size) {
+  return count - first < size ? static_cast<int>(count - first) : size;
+}
 
 // The largest of what the lanes of one row hold, or their sum.
 template <class Scheme, class C>
