@@ -23,7 +23,7 @@ from fastzoo.ops.margin_softmax import (
     state_of,
     target_cosine,
 )
-from fastzoo.reference.margin_softmax import reduce_rows, row_weights, valid_rows
+from fastzoo.reference.margin_softmax import compute_dtype, reduce_rows, row_weights, valid_rows
 
 WRAPPED = "classes differ per rank: wrap the backbone only"
 
@@ -79,8 +79,8 @@ class _Head(nn.Module):
         rows = len(self._classes()) * sub_centers
         self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=device, dtype=dtype))
         self.register_buffer("class_weight", class_weight, persistent=False)
-        state = margin.initial_state(torch.empty(0, device=device)) if margin.state_size else None
-        self.register_buffer("state", state)
+        like = self.weight.detach().to(compute_dtype(self.weight))
+        self.register_buffer("state", margin.initial_state(like) if margin.state_size else None)
         self.reset_parameters()
 
     def _classes(self) -> range:
