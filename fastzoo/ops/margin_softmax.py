@@ -15,8 +15,8 @@ from fastzoo import reference
 from fastzoo.ops._checks import check_floating, check_same, check_tensor
 from fastzoo.ops._operator import Operator
 from fastzoo.reference.margin_softmax import (
-    NORM_FLOOR,
     compute_dtype,
+    inverse,
     per_row,
     reduce_rows,
     row_extras,
@@ -273,7 +273,8 @@ def margin_softmax_loss(
     margin's ``f``; ``loss = -log softmax(logits)[y]``, as ``torch.nn.functional.cross_entropy``
     has it. Forward and backward walk over the classes a chunk at a time: beyond inputs and
     gradients the memory needed does not grow with N x C. Gradients are finite everywhere: an
-    angle's derivative is held at sines below 2^-12, and a zero row passes none on.
+    angle's derivative is held at sines below 2^-12, and a vector shorter than 1e-12, whose
+    cosines are 0, passes none on.
 
     Args:
         embeddings: ``[N, D]``; float32, float64, float16 or bfloat16.
@@ -523,9 +524,9 @@ def target_cosine(classes: Classes, margin: Margin) -> Tensor:
     own = classes.weight.view(-1, k, x.shape[1])[index].to(dtype)
     dots = (own * x.to(dtype)[:, None]).sum(2)
     if margin.normalize_weight:
-        dots = dots / safe_norm(own).clamp(min=NORM_FLOOR)
+        dots = dots * inverse(safe_norm(own))
     if margin.normalize_embeddings:
-        dots = dots / safe_norm(x.to(dtype)).clamp(min=NORM_FLOOR)[:, None]
+        dots = dots * inverse(safe_norm(x.to(dtype)))[:, None]
     return torch.where(classes.labels >= 0, dots.amax(1), 0)
 
 
@@ -608,7 +609,7 @@ def target_logit(
 ) -> Tensor:
     """The logit of each row's own class, the margin applied ``[N]``."""
     by_weight = margin.normalize_embeddings and not margin.normalize_weight
-    cosine = rows.target / rows.weight_norm.clamp(min=NORM_FLOOR) if by_weight else rows.target
+    cosine = rows.target * inverse(rows.weight_norm) if by_weight else rows.target
     rule, *coefficients = margin.terms(rows.embedding_norm, state)
     m1, m2, m3 = (per_row(value, scale) for value in coefficients)
     operator = _TARGET.choose(backend, scale.device.type)

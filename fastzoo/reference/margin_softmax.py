@@ -18,6 +18,7 @@ from fastzoo.reference.margins import Margin
 SINE_FLOOR = 2.0**-12
 # AdaFace's angles end here.
 ANGLE_EDGE = 1e-3
+# Shorter vectors have no direction: their cosines are 0, and pass no gradient on.
 NORM_FLOOR = 1e-12
 
 
@@ -127,10 +128,10 @@ def _logits_and_norm(
     norm = safe_norm(x)
     u = x @ w.t()
     if margin.normalize_embeddings:
-        u = u / norm.clamp(min=NORM_FLOOR)[:, None]
+        u = u * inverse(norm)[:, None]
     length = safe_norm(w)
     if margin.normalize_weight:
-        u = u / length.clamp(min=NORM_FLOOR)
+        u = u * inverse(length)
     u = u.unflatten(1, (-1, sub_centers))
     winner = u.argmax(2, keepdim=True)
     u = u.gather(2, winner)[..., 0]
@@ -142,7 +143,7 @@ def _logits_and_norm(
         column[:, 0], winner.gather(1, column[..., None])[:, 0, 0]
     ]
     unscaled = margin.normalize_embeddings and not margin.normalize_weight
-    cosine = own / magnitude.clamp(min=NORM_FLOOR) if unscaled else own
+    cosine = own * inverse(magnitude) if unscaled else own
     state = margin.initial_state(norm.detach()) if state is None else state.to(dtype)
     state = margin.update(state, cosine.detach(), norm.detach(), valid)
     rule, *coefficients = margin.terms(norm, state)
@@ -216,6 +217,12 @@ def safe_norm(x: Tensor) -> Tensor:
     square = x.square().sum(-1)
     zero = square == 0
     return torch.where(zero, 0, torch.where(zero, 1, square).sqrt())
+
+
+def inverse(norm: Tensor) -> Tensor:
+    """``1 / norm``, and 0 for no direction."""
+    short = norm <= NORM_FLOOR
+    return torch.where(short, 0, 1 / torch.where(short, 1, norm))
 
 
 def margin_softmax_target(cosine: Tensor, m1: Tensor, m2: Tensor, m3: Tensor, rule: str) -> Tensor:
@@ -353,16 +360,15 @@ class _Scores:
         dtype = compute_dtype(embeddings)
         self.x, self.w = embeddings.to(dtype), weight.to(dtype)
         self.x_norm, self.w_norm = safe_norm(self.x), safe_norm(self.w)
-        ones = torch.ones_like
-        self.x_length = (
-            self.x_norm.clamp(min=NORM_FLOOR) if normalize_embeddings else ones(self.x_norm)
+        self.x_inverse = (
+            inverse(self.x_norm) if normalize_embeddings else torch.ones_like(self.x_norm)
         )
-        self.w_length = self.w_norm.clamp(min=NORM_FLOOR) if normalize_weight else ones(self.w_norm)
+        self.w_inverse = inverse(self.w_norm) if normalize_weight else torch.ones_like(self.w_norm)
         self.normalized = normalize_embeddings, normalize_weight
         left, right = self.x, self.w
         if bfloat16_products and dtype == torch.float32:
             left, right = (_rounded(t) for t in (left, right))
-        self.raw = left @ right.t() / self.x_length[:, None] / self.w_length
+        self.raw = left @ right.t() * self.x_inverse[:, None] * self.w_inverse
         every = self.raw.unflatten(1, (-1, sub_centers))
         self.winner = every.argmax(2)
         self.u = every.gather(2, self.winner[..., None])[..., 0]
@@ -398,7 +404,7 @@ class _Scores:
         k = self.sub_centers
         rows = self.column[:, None] * k + torch.arange(k, device=self.column.device)
         dots = (self.x[:, None] * self.w[rows]).sum(2)
-        dots = dots / self.x_length[:, None] / self.w_length[rows]
+        dots = dots * self.x_inverse[:, None] * self.w_inverse[rows]
         winner = dots.argmax(1, keepdim=True)
         row = rows.gather(1, winner)[:, 0]
         u = torch.where(self.known, dots.gather(1, winner)[:, 0], 0)
@@ -415,7 +421,7 @@ class _Scores:
         target, row, _ = self.target()
         grad_target = torch.where(self.known, grad_target, 0)
         own = torch.zeros_like(grad_rows).scatter(1, row[:, None], 1) * grad_target[:, None]
-        v = (grad_rows + own) / self.x_length[:, None] / self.w_length
+        v = (grad_rows + own) * self.x_inverse[:, None] * self.w_inverse
         radial = grad_rows * self.raw + own * target[:, None]
         grad_x, grad_w = v @ self.w, v.t() @ self.x
         x_unit = self.x / torch.where(self.x_norm == 0, 1, self.x_norm)[:, None]
@@ -423,11 +429,9 @@ class _Scores:
         by_x_norm, by_w_norm = grad_x_norm, torch.zeros_like(self.w_norm)
         by_w_norm = by_w_norm.index_add(0, row, torch.where(self.known, grad_w_norm, 0))
         if self.normalized[0]:
-            slope = radial.sum(1) / self.x_length
-            by_x_norm = by_x_norm - torch.where(self.x_norm > NORM_FLOOR, slope, 0)
+            by_x_norm = by_x_norm - radial.sum(1) * self.x_inverse
         if self.normalized[1]:
-            slope = radial.sum(0) / self.w_length
-            by_w_norm = by_w_norm - torch.where(self.w_norm > NORM_FLOOR, slope, 0)
+            by_w_norm = by_w_norm - radial.sum(0) * self.w_inverse
         return grad_x + by_x_norm[:, None] * x_unit, grad_w + by_w_norm[:, None] * w_unit
 
 

@@ -180,4 +180,14 @@ FASTZOO_INLINE typename Vec<T>::MaskType greater(Vec<T> a, Vec<T> b) {
   return less(b, a);
 }
 
+template <class T>
+FASTZOO_INLINE T lane_sum(Vec<T> a) {
+  T sums[Vec<T>::size];
+  a.store(sums);
+  for (int width = Vec<T>::size / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return sums[0];
+}
+
 }  // namespace fastzoo::cpu::FASTZOO_CPU_ISA
