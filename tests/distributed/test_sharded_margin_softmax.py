@@ -20,6 +20,8 @@ from fastzoo import ops, reference
 from fastzoo.nn import MarginSoftmaxLoss, ShardedMarginSoftmaxLoss
 from fastzoo.testing.margin_softmax import MARGINS
 from tests.distributed.ranks import expect, run, same
+from tests.insightface_head import MARGINS as MARGINS_OF_INSIGHTFACE
+from tests.insightface_head import insightface_loss
 
 DIM = 6
 COUNTS = (5, 0, 3, 7)
@@ -348,6 +350,32 @@ def saved(folder: Path) -> None:
             same(other.weight, problem.own_weight(problem.w), "weight")
 
 
+def partial_fc(folder: Path) -> None:
+    from fastzoo.compat.insightface import CombinedMarginLoss, PartialFC_V2
+
+    problem = Problem(11)
+    problem.y = problem.y.clamp(min=0)
+    for margin in MARGINS_OF_INSIGHTFACE:
+        head = PartialFC_V2(CombinedMarginLoss(*margin), DIM, problem.classes).double()
+        # Of another number of ranks.
+        head.load_ranks({"weight": rows} for rows in problem.w.split([3, 3, 3, 1, 1]))
+        x, w = problem.x.clone().requires_grad_(), problem.w.clone().requires_grad_()
+        expected = insightface_loss(x, w, problem.y, *margin)
+        expected.backward()
+        own = problem.embeddings()
+        loss = head(own, problem.y[problem.rows])
+        loss.backward()
+        same(loss.detach(), expected.detach(), f"{margin}: loss")
+        same(own.grad, problem.world * x.grad[problem.rows], f"{margin}: embeddings")
+        # Theirs: the first classes % ranks ranks have a class more.
+        share, more = divmod(problem.classes, problem.world)
+        rows = torch.tensor([share + (rank < more) for rank in range(problem.world)])
+        first = int(rows[: problem.rank].sum())
+        mine = slice(first, first + int(rows[problem.rank]))
+        same(head.state_dict()["weight"], problem.w[mine], f"{margin}: checkpoint")
+        same(head.weight.grad, w.grad[mine], f"{margin}: weight")
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -365,6 +393,7 @@ CHECKS = {
         a_label_of_no_class,
         low_precision,
         saved,
+        partial_fc,
     )
 }
 WORLDS = (2, 3, 4)
