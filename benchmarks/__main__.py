@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import machine, overhead, report, results
+from benchmarks import machine, memory, overhead, report, results
 from benchmarks.results import Record
 from benchmarks.rows import Row, measure_case, select
 from fastzoo.testing import SPECS
@@ -26,10 +26,12 @@ def _progress(cases: list[list[Row]]) -> Iterable[list[Row]]:
 
 
 def _line(record: Record) -> str:
-    head = f"{record['op']:12} {record['case']:20} {record['implementation']:14}"
+    head = f"{record['op']:19} {record['case']:32} {record['implementation']:20}"
     if "seconds" not in record:
         return f"{head} {record.get('reason') or 'ERROR ' + record['error']}"
     share = "" if record["equal"] == 1 else f", {report.share_text(record['equal'])} right"
+    if "deviation" in record:
+        share = f", error {record['deviation']:.0e}"
     memory = report.memory_text(record["peak_bytes"])
     return f"{head} {report.time_text(record['seconds']):>9}, {memory}{share}"
 
@@ -85,6 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     if not shape:
         whole = not (arguments.case or arguments.peers)
         if whole:
+            measured["memory"] = {
+                curve.op: memory.measure(curve, arguments.device)
+                for curve in memory.CURVES
+                if arguments.op in (None, curve.op)
+            }
             measured.update(_of_the_machine(arguments.device, arguments.budget))
         path = results.save(folder, measured, partial=not whole or arguments.op is not None)
         print(f"wrote {path}")
@@ -98,7 +105,9 @@ def _of_the_machine(device: str, budget: float) -> Record:
         "ceilings": machine.ceilings(device, budget=budget),
         "overhead": {
             "import": overhead.import_seconds(),
-            "calls": [overhead.call_overhead(spec, device) for spec in SPECS.values()],
+            "calls": [
+                overhead.call_overhead(spec, device) for spec in SPECS.values() if spec.benchmarks
+            ],
         },
     }
 

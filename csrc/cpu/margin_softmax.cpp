@@ -42,8 +42,9 @@ struct Inputs {
     args.bfloat16_products = bfloat16_products;
     args.rows = embeddings.size(0);
     args.sub_centers = sub_centers;
-    STD_TORCH_CHECK(sub_centers >= 1 && weight.size(0) % sub_centers == 0, "margin_softmax: ",
-                    weight.size(0), " rows of weight are no whole classes of ", sub_centers);
+    STD_TORCH_CHECK(sub_centers >= 1 && weight.size(0) % sub_centers == 0,
+                    "margin_softmax: ", weight.size(0), " rows of weight are no whole classes of ",
+                    sub_centers);
     args.classes = weight.size(0) / sub_centers;
     args.dims = embeddings.size(1);
     args.normalize_embeddings = normalize_embeddings;
@@ -53,8 +54,8 @@ struct Inputs {
     args.weight = weight.const_data_ptr();
     args.labels = static_cast<const int64_t*>(labels.const_data_ptr());
     args.scale = scale.const_data_ptr();
-    args.threshold = optional(threshold);
-    args.hardness = optional(hardness);
+    args.threshold = data_or_null(threshold);
+    args.hardness = data_or_null(hardness);
     for (int64_t n = 0; n < args.rows; ++n) {
       STD_TORCH_CHECK(args.labels[n] < args.classes, "margin_softmax: label ", args.labels[n],
                       " of row ", n, " is not below ", args.classes, ", the number of classes");
@@ -66,11 +67,7 @@ struct Inputs {
 
   // The kernels, over the rows, the classes and the rows again.
   void run() {
-    constexpr int64_t kElementsWorthAThread = 32768;
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t work = args.rows * args.classes * args.sub_centers * (args.dims + 16);
-    const int64_t worth = 1 + work / (8 * kElementsWorthAThread);
-    args.parts = static_cast<int>(worth < threads ? worth : threads);
+    args.parts = threads_for(args.rows * args.classes * args.sub_centers * (args.dims + 16));
     // The gradients of the rows are summed once for each part.
     constexpr int64_t kMostElements = int64_t{8} << 20;
     const int64_t fitting = 1 + kMostElements / (1 + args.rows * args.dims);
@@ -100,10 +97,6 @@ struct Inputs {
       finish(args, begin, end, static_cast<double*>(sums.mutable_data_ptr()));
     });
   }
-
-  static const void* optional(const Tensor& tensor) {
-    return tensor.numel() > 0 ? tensor.const_data_ptr() : nullptr;
-  }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_softmax_negatives(
@@ -116,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_softma
             bfloat16_products);
   const Tensor weights = torch::stable::contiguous(class_weight);
   cpu::MarginArgs& args = in.args;
-  args.class_weight = Inputs::optional(weights);
+  args.class_weight = data_or_null(weights);
   args.with_total = with_total;
   args.keep = keep;
   const Tensor target = in.per_row(), lse = in.per_row(), total = in.per_row();
@@ -124,8 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_softma
   const int64_t blocks = (args.classes + 63) / 64;
   const Tensor kept = keep ? empty(weight, {args.classes, args.rows}, ScalarType::BFloat16)
                            : empty(weight, {0}, ScalarType::BFloat16);
-  const Tensor kept_max = keep ? empty(weight, {blocks, args.rows}, in.compute())
-                               : empty(weight, {0}, in.compute());
+  const Tensor kept_max =
+      keep ? empty(weight, {blocks, args.rows}, in.compute()) : empty(weight, {0}, in.compute());
   args.target = target.mutable_data_ptr();
   args.lse = lse.mutable_data_ptr();
   args.total = total.mutable_data_ptr();
@@ -154,13 +147,15 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(Inputs& in, const Tensor& grad_t
   args.needs_weight = needs_weight;
   args.needs_scale = needs_scale;
   const ScalarType dtype = in.embeddings.scalar_type();
-  const auto wanted = [&](bool needed, std::initializer_list<int64_t> sizes, ScalarType type) {
-    return needed ? empty(in.embeddings, sizes, type) : empty(in.embeddings, {0}, type);
-  };
-  const Tensor grad_embeddings = wanted(needs_embeddings, {args.rows, args.dims}, dtype);
+  const Tensor grad_embeddings =
+      empty_if(needs_embeddings, in.embeddings, {args.rows, args.dims}, dtype);
   const Tensor grad_weight =
-      wanted(needs_weight, {args.classes * args.sub_centers, args.dims}, dtype);
-  const Tensor grad_scale = wanted(needs_scale, {args.rows}, in.compute());
+      empty_if(needs_weight, in.embeddings, {args.classes * args.sub_centers, args.dims}, dtype);
+  const Tensor grad_scale = empty_if(needs_scale, in.embeddings, {args.rows}, in.compute());
+  if (needs_weight) {
+    ask_for_large_pages(grad_weight,
+                        args.classes * args.sub_centers * args.dims * element_size(dtype));
+  }
   args.grad_embeddings = grad_embeddings.mutable_data_ptr();
   args.grad_weight = grad_weight.mutable_data_ptr();
   args.grad_scale = grad_scale.mutable_data_ptr();
@@ -186,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> margin_softmax_negatives_backward(
   const Tensor saved = torch::stable::contiguous(lse);
   in.args.grad_lse = by_lse.const_data_ptr();
   in.args.grad_total = by_total.const_data_ptr();
-  in.args.class_weight = Inputs::optional(weights);
+  in.args.class_weight = data_or_null(weights);
   in.args.saved_lse = saved.const_data_ptr();
   return run_backward(in, grad_target, grad_embedding_norm, grad_weight_norm, needs_embeddings,
                       needs_weight, needs_scale);

@@ -116,6 +116,9 @@ FASTZOO_HD MarginSlopes margin_target_slopes(MarginRule rule, double cosine, dou
   }
 }
 
+// What normalises a vector of this norm; 0 for one too short to have a direction.
+FASTZOO_HD double inverse_norm(double norm) { return norm <= kNormFloor ? 0 : 1 / norm; }
+
 // What the score u of a class that is not the target becomes, and its derivative. Above the
 // threshold it is hard, u (hardness + u); above the filter it is 0, whatever else it is. Where a
 // rule is not wanted, its limit is infinity. T is float, double, or a vector of them.

@@ -11,9 +11,6 @@ namespace fastzoo::cpu::FASTZOO_CPU_ISA {
 namespace {
 
 constexpr double kInfinity = __builtin_inf();
-constexpr int64_t kChunkRows = 192;             // of the weight, at most
-constexpr int64_t kScoresBytes = 400 << 10;     // of a group of blocks, to stay in a small L2
-
 template <class Element, class M>
 struct Margin {
   using Pairs = PairScores<M>;
@@ -27,12 +24,12 @@ struct Margin {
   static constexpr T kFloor = static_cast<T>(math::kNormFloor);
 
   const MarginArgs& args;
-  const bool backward = args.pass == MarginPass::negatives_backward ||
-                        args.pass == MarginPass::scores_backward;
+  const bool backward =
+      args.pass == MarginPass::negatives_backward || args.pass == MarginPass::scores_backward;
   const int64_t sub_centers = args.sub_centers;
   const int64_t classes_a_chunk = chunk_classes(args);
   const Pairs pairs{args.rows, args.dims, round_up(classes_a_chunk * sub_centers, kRows)};
-  const int64_t group = group_blocks();
+  const int64_t group = pairs.group_blocks();
   const int64_t padded = pairs.blocks() * kColumns;
   // What depends on a row of the batch, [padded] each; nothing comes of the rows beyond the last.
   struct Lanes {
@@ -46,12 +43,12 @@ struct Margin {
     T *highest, *sum, *total;           // forward: the sum of exp(score - highest)
     T *radial, *grad_scale, *gradient;  // backward
     typename Pairs::Chunk chunk;
-    T *inverse, *norm;     // of the weight's rows in the chunk
-    T* across_lanes;       // [chunk][V::size]: sums of a row's gradient times its score
-    T* along;              // [chunk]: how much of a weight's row is added to its gradient
-    uint32_t* excluded;    // [chunk]: the lanes of a block whose label a class is
-    T* grad;               // [chunk][kColumns]: gradients of scores, for one block
-    T* sums;               // [chunk][dims]: the weight's gradients, where dtype is not their type
+    T *inverse, *norm;  // of the weight's rows in the chunk
+    T* across_lanes;    // [chunk][V::size]: sums of a row's gradient times its score
+    T* along;           // [chunk]: how much of a weight's row is added to its gradient
+    Marks excluded;     // the lanes of a block whose label a class is
+    T* grad;            // [chunk][kColumns]: gradients of scores, for one block
+    T* sums;            // [chunk][dims]: the weight's gradients, where dtype is not their type
   };
   static constexpr bool kDirect = std::is_same_v<Element, T>;
   char* parts = nullptr;
@@ -63,13 +60,6 @@ struct Margin {
     const int64_t share = round_up((args.classes + args.parts - 1) / args.parts, kRows);
     if (args.keep || args.saved_kept != nullptr || share > most) return most < 1 ? 1 : most;
     return share < 1 ? 1 : share;
-  }
-
-  int64_t group_blocks() const {
-    const int64_t fitting =
-        kScoresBytes / (pairs.chunk * kColumns * static_cast<int64_t>(sizeof(T)));
-    const int64_t most = fitting < 1 ? 1 : fitting;
-    return most < pairs.blocks() ? most : pairs.blocks();
   }
 
   explicit Margin(const MarginArgs& args) : args(args) {
@@ -107,7 +97,7 @@ struct Margin {
     part.chunk = pairs.take(arena, group, backward);
     part.inverse = arena.take<T>(pairs.chunk);
     part.norm = arena.take<T>(pairs.chunk);
-    part.excluded = arena.take<uint32_t>(classes_a_chunk);
+    part.excluded.bits = arena.take<uint32_t>(classes_a_chunk);
     if (backward) {
       part.across_lanes = arena.take<T>(pairs.chunk * V::size);
       part.along = arena.take<T>(pairs.chunk);
@@ -178,8 +168,7 @@ struct Margin {
         const double dot = wide_sum(args.dims, [&](int64_t d) {
           return static_cast<double>(widen(embedding(n)[d])) * widen(weight(row)[d]);
         });
-        const double u =
-            dot * lanes.inverse[n] * inverse_of(args.normalize_weight, row_norm);
+        const double u = dot * lanes.inverse[n] * inverse_of(args.normalize_weight, row_norm);
         if (j > 0 && !(u > best)) continue;
         best = u;
         lanes.target_row[n] = row;
@@ -193,12 +182,9 @@ struct Margin {
       static_cast<T*>(args.weight_norm)[n] = weight_norm;
     }
     if (args.pass == MarginPass::negatives_backward) {
-      const T lse = value_of(args.saved_lse, n);
       lanes.grad_lse[n] = value_of(args.grad_lse, n);
       lanes.grad_total[n] = value_of(args.grad_total, n);
-      // Of an infinite reference nothing comes: not of a gradient of 0, nor where there is no other
-      // class.
-      lanes.lse[n] = lanes.grad_lse[n] == 0 || lse == -kInf ? kInf : lse;
+      lanes.lse[n] = gradient_reference(lanes.grad_lse[n], value_of(args.saved_lse, n));
     }
   }
 
@@ -221,7 +207,7 @@ struct Margin {
         part.sum[n] = part.total[n] = T(0);
       }
     }
-    for (int64_t c = 0; c < classes_a_chunk; ++c) part.excluded[c] = 0;
+    for (int64_t c = 0; c < classes_a_chunk; ++c) part.excluded.bits[c] = 0;
     const bool plain = args.threshold == nullptr && !(args.interclass_filter > 0);
     const int64_t last = chunks() * (index + 1) / args.parts;
     for (int64_t chunk = chunks() * index / args.parts; chunk < last; ++chunk) {
@@ -236,8 +222,7 @@ struct Margin {
         part.inverse[r] = inverse_of(args.normalize_weight, part.norm[r]);
       });
       for (int64_t first = 0; first < pairs.blocks(); first += group) {
-        const int64_t count =
-            pairs.blocks() - first < group ? pairs.blocks() - first : group;
+        const int64_t count = pairs.blocks() - first < group ? pairs.blocks() - first : group;
         pairs.multiply(part.chunk, range.rows, packed, first, count);
         if (plain) {
           meet<true>(part, range, first, count);
@@ -257,7 +242,7 @@ struct Margin {
     for (int64_t block = 0; block < count; ++block) {
       const int64_t n = (first + block) * kColumns;
       T* const scores = pairs.scores_of(part.chunk, block);
-      mark(part, range, n);
+      part.excluded.template set<kColumns>(lanes.label + n, range.first_class, range.classes);
       switch (args.pass) {
         case MarginPass::negatives:
           find_exponentials<kPlain>(part, range, n, scores);
@@ -273,22 +258,9 @@ struct Margin {
           find_gradients<kPlain, true>(part, range, n, scores);
           break;
       }
-      unmark(part, range, n);
+      part.excluded.template clear<kColumns>(lanes.label + n, range.first_class, range.classes);
     }
     if (backward) carry_back(part, range, first, count);
-  }
-
-  void mark(const Part& part, const Range& range, int64_t n) const {
-    for (int i = 0; i < kColumns; ++i) {
-      const int64_t c = lanes.label[n + i] - range.first_class;
-      if (c >= 0 && c < range.classes) part.excluded[c] |= 1u << i;
-    }
-  }
-  void unmark(const Part& part, const Range& range, int64_t n) const {
-    for (int i = 0; i < kColumns; ++i) {
-      const int64_t c = lanes.label[n + i] - range.first_class;
-      if (c >= 0 && c < range.classes) part.excluded[c] = 0;
-    }
   }
 
   // What a block needs of its lanes and of the rule, in vectors.
@@ -330,10 +302,6 @@ struct Margin {
     }
   }
 
-  __attribute__((always_inline)) static Mask<V::size> excluded(const Part& part, int64_t c, int h) {
-    return {part.excluded[c] >> (h * V::size) & Mask<V::size>::kAll};
-  }
-
   template <bool kPlain>
   __attribute__((always_inline)) static V changed(const Rule& rule, V u, int h) {
     if constexpr (kPlain) return u;
@@ -353,27 +321,21 @@ struct Margin {
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         const V z = rule.scale[h] * changed<kPlain>(rule, u[h], h);
-        const V others = select(excluded(part, c, h), V(-kInf), z);
+        const V others = select(part.excluded.template of<V>(c, h), V(-kInf), z);
         others.store(scores + c * kColumns + h * V::size);
         top[h] = maximum(top[h], others);
         if (args.with_total) {
-          total[h] = fused_multiply_add(factor, select(excluded(part, c, h), V(T(0)), z), total[h]);
+          total[h] = fused_multiply_add(
+              factor, select(part.excluded.template of<V>(c, h), V(T(0)), z), total[h]);
         }
       }
     }
     V reference[2], sum[2];
     for (int h = 0; h < 2; ++h) {
-      T* const highest = part.highest + n + h * V::size;
-      const V before = V::load(highest);
-      const V after = maximum(before, top[h]);
-      // Where every score is -inf, anything finite serves.
-      reference[h] = select(greater(after, V(-kInf)), after, V(T(0)));
-      after.store(highest);
+      const int64_t at = n + h * V::size;
+      reference[h] = raise_highest(part.highest + at, part.sum + at, top[h]);
       sum[h] = V(T(0));
-      T* const sums = part.sum + n + h * V::size;
-      (V::load(sums) * exponential(before - reference[h])).store(sums);
-      T* const totals = part.total + n + h * V::size;
-      (V::load(totals) + total[h]).store(totals);
+      (V::load(part.total + at) + total[h]).store(part.total + at);
     }
     for (int64_t c = 0; c < range.classes; ++c) {
 #pragma GCC unroll 2
@@ -396,7 +358,8 @@ struct Margin {
       class_score(part, rule, scores, c, u, winner);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
-        const V value = select(excluded(part, c, h), u[h], changed<kPlain>(rule, u[h], h));
+        const V value =
+            select(part.excluded.template of<V>(c, h), u[h], changed<kPlain>(rule, u[h], h));
         (rule.scale[h] * value).store(scores + c * kColumns + h * V::size);
       }
     }
@@ -446,7 +409,7 @@ struct Margin {
           const V p = exponential(fused_multiply_add(rule.scale[h], value, V(T(0)) - lse[h]));
           dz = fused_multiply_add(grad_lse[h], p, grad_total[h] * factor);
         }
-        dz = select(excluded(part, c, h), V(T(0)), dz);
+        dz = select(part.excluded.template of<V>(c, h), V(T(0)), dz);
         grad_scale[h] = fused_multiply_add(dz, value, grad_scale[h]);
         V du = dz * rule.scale[h];
         if constexpr (!kPlain) {
@@ -461,8 +424,8 @@ struct Margin {
           V own = v, own_along = along;
           if (sub_centers > 1) {
             const V index(static_cast<T>(j));
-            const auto loses = Mask<V::size>{less(winner[h], index).bits |
-                                             greater(winner[h], index).bits};
+            const auto loses =
+                Mask<V::size>{less(winner[h], index).bits | greater(winner[h], index).bits};
             own = select(loses, V(T(0)), own);
             own_along = select(loses, V(T(0)), own_along);
           }
@@ -513,11 +476,10 @@ struct Margin {
       sums = static_cast<T*>(args.grad_weight) + range.first_row * args.dims;
     }
     pairs.row_gradients(part.chunk, range.rows, across, first, count,
-                        [&](int64_t r, int64_t d, const Tile& tile)
-                            __attribute__((always_inline)) {
-                              pairs.add_tile(tile, r, range.rows, d, first == 0, part.along, rows,
-                                             sums);
-                            });
+                        [&](int64_t r, int64_t d, const Tile& tile) __attribute__((always_inline)) {
+                          pairs.add_tile(tile, r, range.rows, d, first == 0, part.along, rows,
+                                         sums);
+                        });
   }
 
   // What a gradient along a row is multiplied by where the row was divided by its norm.
@@ -576,8 +538,7 @@ struct Margin {
     if (norm > 0) along += static_cast<double>(value_of(args.grad_embedding_norm, n)) / norm;
     for (int64_t d = 0; d < args.dims; ++d) sums[d] = along * widen(embedding(n)[d]);
     for (int index = 0; index < args.parts; ++index) {
-      const T* const gradient = part_of(index).gradient + pairs.sum_at(n, 0);
-      for (int64_t d = 0; d < args.dims; ++d) sums[d] += gradient[d * kColumns];
+      pairs.collect(part_of(index).gradient, n, sums);
     }
     Element* const out = static_cast<Element*>(args.grad_embeddings) + n * args.dims;
     for (int64_t d = 0; d < args.dims; ++d) narrow(sums[d], out[d]);

@@ -23,12 +23,12 @@ struct MarginArgs {
   double interclass_filter;
   int parts;  // ranges of classes that are worked on at once
 
-  const void* embeddings;  // [N][D] of dtype
-  const void* weight;      // [C * K][D] of dtype
-  const int64_t* labels;   // [N]
-  const void* scale;       // [N]
-  const void* threshold;   // [N], or nullptr
-  const void* hardness;    // [1], or nullptr
+  const void* embeddings;    // [N][D] of dtype
+  const void* weight;        // [C * K][D] of dtype
+  const int64_t* labels;     // [N]
+  const void* scale;         // [N]
+  const void* threshold;     // [N], or nullptr
+  const void* hardness;      // [1], or nullptr
   const void* class_weight;  // [C], or nullptr
 
   // Backward only.
@@ -70,8 +70,7 @@ FASTZOO_DECLARE_KERNEL(margin_prepare, (const MarginArgs&, int64_t begin, int64_
 // One part: its chunks of classes, for all rows.
 FASTZOO_DECLARE_KERNEL(margin_part, (const MarginArgs&, int part))
 // Blocks [begin, end); sums is scratch for D doubles.
-FASTZOO_DECLARE_KERNEL(margin_finish,
-                       (const MarginArgs&, int64_t begin, int64_t end, double* sums))
+FASTZOO_DECLARE_KERNEL(margin_finish, (const MarginArgs&, int64_t begin, int64_t end, double* sums))
 
 struct MarginTargetArgs {
   Dtype dtype;  // float32 or float64, of everything below, each [rows]

@@ -18,6 +18,17 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// Rows of a chunk at most, and bytes of its scores with a group of lanes: they and the chunk stay
+// in a small L2.
+constexpr int64_t kChunkRows = 192;
+constexpr int64_t kScoresBytes = 400 << 10;
+
+// Rows of a chunk where `parts` threads share `rows`: no more than a share.
+FASTZOO_INLINE int64_t chunk_rows(int64_t rows, int64_t parts, int64_t multiple) {
+  const int64_t share = round_up((rows + parts - 1) / parts, multiple);
+  return share < multiple ? multiple : share < kChunkRows ? share : kChunkRows;
+}
+
 // The sum of squares of `count` values, a whole number of vectors.
 template <class T>
 FASTZOO_INLINE T sum_of_squares(const T* values, int64_t count) {
@@ -37,6 +48,57 @@ FASTZOO_INLINE T sum_of_squares(const T* values, int64_t count) {
   }
   return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
+
+// The log of a sum of exponentials that grows by blocks: sum counts in units of exp(highest).
+// Raises highest to what `top` adds, and returns what the new exponents are to be taken from:
+// highest, or where every exponent is -inf anything finite.
+template <class T>
+FASTZOO_INLINE Vec<T> raise_highest(T* highest, T* sum, Vec<T> top) {
+  using V = Vec<T>;
+  const V none(-static_cast<T>(__builtin_inf()));
+  const V before = V::load(highest);
+  const V after = maximum(before, top);
+  const V reference = select(greater(after, none), after, V(T(0)));
+  after.store(highest);
+  (V::load(sum) * exponential(before - reference)).store(sum);
+  return reference;
+}
+
+// What log-sum-exps are subtracted from, for an upstream gradient: of an infinite reference nothing
+// comes, neither of a gradient of 0 nor of an empty sum.
+template <class T>
+FASTZOO_INLINE T gradient_reference(T grad, T lse) {
+  const T infinity = static_cast<T>(__builtin_inf());
+  return grad == 0 || lse == -infinity ? infinity : lse;
+}
+
+// For each lane of a block, the row of a chunk that is not to count for it, as bits by row.
+struct Marks {
+  uint32_t* bits;  // [rows of a chunk], zero between two blocks
+
+  // labels[i] is lane i's row; those outside [first, first + count) are elsewhere.
+  template <int kColumns>
+  __attribute__((always_inline)) void set(const int64_t* labels, int64_t first,
+                                          int64_t count) const {
+    for (int i = 0; i < kColumns; ++i) {
+      const int64_t row = labels[i] - first;
+      if (row >= 0 && row < count) bits[row] |= 1u << i;
+    }
+  }
+  template <int kColumns>
+  __attribute__((always_inline)) void clear(const int64_t* labels, int64_t first,
+                                            int64_t count) const {
+    for (int i = 0; i < kColumns; ++i) {
+      const int64_t row = labels[i] - first;
+      if (row >= 0 && row < count) bits[row] = 0;
+    }
+  }
+  // Those of the first or the second vector of a block.
+  template <class V>
+  __attribute__((always_inline)) typename V::MaskType of(int64_t row, int half) const {
+    return {bits[row] >> (half * V::size) & V::MaskType::kAll};
+  }
+};
 
 template <class M>
 struct PairScores {
@@ -62,6 +124,13 @@ struct PairScores {
   int64_t across_pitch() const { return kPairs ? padded_dims() + 16 : pitch(); }
   int64_t dim_panels() const { return (dims + kRows - 1) / kRows; }
   int64_t dim_blocks() const { return (dims + kColumns - 1) / kColumns; }
+
+  // Blocks of lanes whose scores are at hand at once.
+  int64_t group_blocks() const {
+    const int64_t fitting = kScoresBytes / (chunk * kColumns * static_cast<int64_t>(sizeof(T)));
+    const int64_t most = fitting < 1 ? 1 : fitting;
+    return most < blocks() ? most : blocks();
+  }
 
   // ---- the lanes, packed once ------------------------------------------------------------------
 
@@ -211,8 +280,7 @@ struct PairScores {
                                                     int64_t group, const Visit& visit) const {
     const int64_t lane_words = blocks() * kColumns / kEach;
     for (int64_t part = 0; part < dim_blocks(); ++part) {
-      const Word* const right =
-          across + (part * lane_words + first * kColumns / kEach) * kColumns;
+      const Word* const right = across + (part * lane_words + first * kColumns / kEach) * kColumns;
       for (int64_t r = 0; r < count; r += kRows) {
         Tile tile;
         Product::clear(tile);
@@ -264,9 +332,11 @@ struct PairScores {
     }
   }
 
-  // Gradient element d of a lane in the sums of add_lane_gradients.
-  int64_t sum_at(int64_t lane, int64_t d) const {
-    return (lane / kColumns * dim_panels() * kRows + d) * kColumns + lane % kColumns;
+  // total[dims] += a lane's gradient in the sums of add_lane_gradients.
+  void collect(const T* sums, int64_t lane, double* total) const {
+    const T* const from =
+        sums + lane / kColumns * dim_panels() * kRows * kColumns + lane % kColumns;
+    for (int64_t d = 0; d < dims; ++d) total[d] += from[d * kColumns];
   }
   int64_t sums_size() const { return blocks() * dim_panels() * kRows * kColumns; }
 
@@ -320,8 +390,7 @@ struct PairScores {
       _mm512_storeu_si512(by_lanes + 16, pairs(v + 32));
       for (int half = 0; half < 2; ++half) {
         const __m512i low = single(v + half * 16), high = single(v + 32 + half * 16);
-        _mm512_storeu_si512(by_rows + half * 16,
-                            _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        _mm512_storeu_si512(by_rows + half * 16, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
       v += 64;
       by_lanes += 32;

@@ -119,8 +119,8 @@ struct TileProduct {
     for (; k + kUnroll <= depth; k += kUnroll) {
 #pragma GCC unroll 4
       for (int step = 0; step < kUnroll; ++step) {
-        add_step([&](int i) __attribute__((
-                     always_inline)) { return bases[i / 3][i % 3 * stride + step]; },
+        add_step([&](int i)
+                     __attribute__((always_inline)) { return bases[i / 3][i % 3 * stride + step]; },
                  right + step * kColumns, tile);
       }
 #pragma GCC unroll 4
@@ -128,8 +128,7 @@ struct TileProduct {
       right += kUnroll * kColumns;
     }
     for (; k < depth; ++k) {
-      add_step([&](int i)
-                   __attribute__((always_inline)) { return bases[i / 3][i % 3 * stride]; },
+      add_step([&](int i) __attribute__((always_inline)) { return bases[i / 3][i % 3 * stride]; },
                right, tile);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows / 3; ++i) ++bases[i];

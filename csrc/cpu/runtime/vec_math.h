@@ -56,12 +56,12 @@ template <class T>
 struct Exponential;
 template <>
 struct Exponential<float> {
-  static constexpr float kLeast = -87.33654f;         // its exponential is just above 2^-126
-  static constexpr float kRound = 0x1.8p23f;          // adding it rounds to a whole number
-  static constexpr float kLn2High = 0x1.62e4p-1f;     // exact times any exponent
-  static constexpr float kLn2Low = 0x1.7f7d1cp-20f;   // ln 2 - kLn2High
-  static constexpr float kTerms[] = {1, 1, 1.f / 2, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720,
-                                     1.f / 5040};
+  static constexpr float kLeast = -87.33654f;        // its exponential is just above 2^-126
+  static constexpr float kRound = 0x1.8p23f;         // adding it rounds to a whole number
+  static constexpr float kLn2High = 0x1.62e4p-1f;    // exact times any exponent
+  static constexpr float kLn2Low = 0x1.7f7d1cp-20f;  // ln 2 - kLn2High
+  static constexpr float kTerms[] = {1,        1,         1.f / 2,   1.f / 6,
+                                     1.f / 24, 1.f / 120, 1.f / 720, 1.f / 5040};
 };
 template <>
 struct Exponential<double> {
