@@ -13,6 +13,7 @@
 
 #include "../torch_abi.h"
 #include "runtime/launch.h"
+#include "runtime/rows.h"
 
 namespace fastzoo::cuda {
 namespace {
@@ -30,9 +31,6 @@ constexpr int kPiece = 4;             // dimensions that a thread loads at once
 constexpr int kScanBlocks = 264;      // wanted at least: two for each unit of a large device
 constexpr int kPrepareBlocks = 512;   // at most
 
-template <class T>
-using ComputeOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 template <class C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 template <class C>
@@ -45,12 +43,6 @@ template <class T, class C>
 FASTZOO_DEVICE C centred(T value, const C* centre, int64_t d) {
   const C converted = static_cast<C>(value);
   return centre == nullptr ? converted : converted - centre[d];
-}
-
-template <class T>
-FASTZOO_DEVICE T warp_sum(T value) {
-  for (int flip = kWarpSize / 2; flip > 0; flip /= 2) value += shuffle_xor(value, flip);
-  return value;
 }
 
 // The codebook as the fast pass reads it: centred (l2) or of unit length (cosine), rows padded

@@ -3,6 +3,8 @@
 // pick one set's code for all of them.
 #pragma once
 
+#include <math.h>
+
 #if defined(__CUDACC__)
 #define FASTZOO_HD static __host__ __device__ __forceinline__
 #else
@@ -11,12 +13,24 @@
 
 namespace fastzoo::math {
 
+// Norms are held above this where they divide.
+constexpr double kNormFloor = 1e-12;
+
 // The scalar twins of the vector type's functions, so that one formula serves both.
 // Like std::max and std::min: the first argument unless the second is strictly beyond it.
 FASTZOO_HD float maximum(float a, float b) { return a < b ? b : a; }
 FASTZOO_HD double maximum(double a, double b) { return a < b ? b : a; }
 FASTZOO_HD float minimum(float a, float b) { return b < a ? b : a; }
 FASTZOO_HD double minimum(double a, double b) { return b < a ? b : a; }
+
+FASTZOO_HD bool greater(float a, float b) { return a > b; }
+FASTZOO_HD bool greater(double a, double b) { return a > b; }
+FASTZOO_HD float select(bool condition, float a, float b) { return condition ? a : b; }
+FASTZOO_HD double select(bool condition, double a, double b) { return condition ? a : b; }
+FASTZOO_HD float exponential(float a) { return ::expf(a); }
+FASTZOO_HD double exponential(double a) { return ::exp(a); }
+FASTZOO_HD float log_one_plus(float a) { return ::log1pf(a); }
+FASTZOO_HD double log_one_plus(double a) { return ::log1p(a); }
 
 FASTZOO_HD bool is_nan(float a) { return a != a; }
 FASTZOO_HD bool is_nan(double a) { return a != a; }

@@ -14,8 +14,6 @@ namespace fastzoo::math {
 
 enum class Metric : int { l2 = 0, cosine = 1, dot = 2 };
 
-constexpr double kNormFloor = 1e-12;
-
 // The term that dimension adds to the exact score's sum (for l2 the sum is negated at the end).
 FASTZOO_HD double score_term(Metric metric, double x, double c) {
   if (metric == Metric::l2) {

@@ -2,6 +2,7 @@
 // each planted fault is reported.
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -88,6 +89,82 @@ __global__ void copy_vectors(const float* in, float* out) {
   store_vector(out + i, staged.load<4>(other));
 }
 
+// sums[16, 8] += a[16, 16] b[8, 16]^T, the operands' registers put together by hand.
+template <MmaType type>
+__global__ void multiply_from_registers(const uint16_t* a, const uint16_t* b, float* sums) {
+  const int lane = threadIdx.x;
+  const int row = lane / 4, pair = lane % 4 * 2;
+  const auto two = [](const uint16_t* from) {
+    return from[0] | static_cast<uint32_t>(from[1]) << 16;
+  };
+  Vector<uint32_t, 4> left;
+  for (int i = 0; i < 4; ++i) left[i] = two(a + (row + i % 2 * 8) * 16 + pair + i / 2 * 8);
+  float sum[4];
+  for (int i = 0; i < 4; ++i) sum[i] = sums[(row + i / 2 * 8) * 8 + pair + i % 2];
+  mma<type>(sum, left, two(b + row * 16 + pair), two(b + row * 16 + pair + 8));
+  for (int i = 0; i < 4; ++i) sums[(row + i / 2 * 8) * 8 + pair + i % 2] = sum[i];
+}
+
+template <MmaType type>
+__global__ void multiply_from_shared(const uint16_t* a, const uint16_t* b, float* sums) {
+  constexpr int kPitch = 24;
+  __shared__ SharedArray<uint16_t, 24 * kPitch> staged;
+  const int lane = threadIdx.x;
+  for (int i = lane; i < 24 * 16; i += kWarpSize) {
+    staged[i / 16 * kPitch + i % 16] = i < 16 * 16 ? a[i] : b[i - 16 * 16];
+  }
+  sync_warp();
+  const Vector<uint32_t, 4> left = staged.load_matrices(lane % 16 * kPitch + lane / 16 * 8);
+  const Vector<uint32_t, 4> right =
+      staged.load_matrices((16 + lane % 8) * kPitch + lane / 8 % 2 * 8);
+  float sum[4] = {};
+  mma<type>(sum, left, right[0], right[1]);
+  const int row = lane / 4, pair = lane % 4 * 2;
+  for (int i = 0; i < 4; ++i) sums[(row + i / 2 * 8) * 8 + pair + i % 2] += sum[i];
+}
+
+// Small whole numbers and quarters, of either type, exactly.
+uint16_t bits_of(MmaType type, float value) {
+  if (type == MmaType::bfloat16) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return static_cast<uint16_t>(bits >> 16);
+  }
+  const _Float16 half = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof(bits));
+  return bits;
+}
+
+template <MmaType type>
+void test_products() {
+  float a[16][16], b[8][16];
+  uint16_t a_bits[16][16], b_bits[8][16];
+  const auto fill = [](int i, int k) {
+    return static_cast<float>((i * 37 + k * 11) % 29 - 14) / 4;
+  };
+  for (int k = 0; k < 16; ++k) {
+    for (int i = 0; i < 16; ++i) a_bits[i][k] = bits_of(type, a[i][k] = fill(i, k));
+    for (int j = 0; j < 8; ++j) b_bits[j][k] = bits_of(type, b[j][k] = fill(j + 50, 3 * k));
+  }
+  using Kernel = void (*)(const uint16_t*, const uint16_t*, float*);
+  for (const Kernel kernel :
+       {Kernel{multiply_from_registers<type>}, Kernel{multiply_from_shared<type>}}) {
+    float sums[16][8];
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 8; ++j) sums[i][j] = static_cast<float>(8 * i + j);
+    }
+    emulator::launch("products", kernel, 1, kWarpSize, a_bits[0], b_bits[0], sums[0]);
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 8; ++j) {
+        float expected = static_cast<float>(8 * i + j);
+        for (int k = 0; k < 16; ++k) expected += a[i][k] * b[j][k];
+        CHECK(sums[i][j] == expected);
+      }
+    }
+  }
+}
+
 void test_correct_kernels() {
   std::vector<int> in(2 * kThreads);
   for (int i = 0; i < 2 * kThreads; ++i) in[i] = i * i % 37 - 11;
@@ -133,6 +210,9 @@ void test_correct_kernels() {
     for (int i = 0; i < kThreads; ++i) {
       for (int j = 0; j < 4; ++j) CHECK(to[4 * i + j] == from[4 * (kThreads - 1 - i) + j]);
     }
+
+    test_products<MmaType::float16>();
+    test_products<MmaType::bfloat16>();
   }
 }
 
@@ -199,6 +279,17 @@ __global__ void lane_left(int* out) {
   out[threadIdx.x] = any(true);
 }
 
+__global__ void lane_without_product() {
+  if (threadIdx.x == 9) return;
+  float sums[4] = {};
+  mma<MmaType::float16>(sums, {}, 0, 0);
+}
+
+__global__ void matrices_at(int index) {
+  __shared__ SharedArray<uint16_t, 64> values;
+  (void)values.load_matrices(index);
+}
+
 __global__ void not_in_own_mask(int* out) { out[threadIdx.x] = any(true, 0x7fffffffu); }
 
 __global__ void shuffle_from_outside() { (void)shuffle(1, 9, threadIdx.x == 9 ? 0x200u : 0x1ffu); }
@@ -245,6 +336,13 @@ void test_planted_faults() {
     CHECK(contains(error, "thread 33 has exited"));
     CHECK(contains(error_of(lane_left, 1, 40, ints), "thread 33 has exited"));
     CHECK(contains(error_of(lane_left, 1, 20, ints), "thread 20 does not exist"));
+    error = error_of(lane_without_product, 1, kWarpSize);
+    CHECK(contains(error, "lane missing from a warp collective: thread 0 waits at mma"));
+    CHECK(contains(error, "thread 9 has exited"));
+    CHECK(error_of(matrices_at, 1, kWarpSize, 56) == "");
+    CHECK(contains(error_of(matrices_at, 1, kWarpSize, 57), "shared index out of range: 57 to 64"));
+    CHECK(contains(error_of(matrices_at, 1, kWarpSize, 4), "misaligned vector access"));
+    CHECK(contains(error_of(matrices_at, 1, 8, 0), "thread 8 does not exist"));
     CHECK(contains(error_of(not_in_own_mask, 1, kWarpSize, ints), "not in its own mask"));
     CHECK(contains(error_of(shuffle_from_outside, 1, 10), "not in the mask"));
     CHECK(contains(error_of(wait_for_later_block, 2, kWarpSize), "has not run"));

@@ -88,6 +88,21 @@ FASTZOO_DEVICE float fused_multiply_add(float a, float b, float c) { return __fm
 FASTZOO_DEVICE double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 FASTZOO_DEVICE int population_count(uint32_t bits) { return __popc(bits); }
 
+template <MmaType type>
+FASTZOO_DEVICE void mma(float (&sums)[4], const Vector<uint32_t, 4>& a, uint32_t b0, uint32_t b1) {
+  if constexpr (type == MmaType::bfloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
 template <class T, int n>
 struct SharedArray {
   alignas(16) T values[n];
@@ -100,6 +115,15 @@ struct SharedArray {
   template <int m>
   FASTZOO_DEVICE void store(int i, const Vector<T, m>& vector) {
     store_vector(values + i, vector);
+  }
+  FASTZOO_DEVICE Vector<uint32_t, 4> load_matrices(int i) const {
+    static_assert(sizeof(T) == 2, "load_matrices moves elements of 16 bits");
+    Vector<uint32_t, 4> loaded;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(loaded[0]), "=r"(loaded[1]), "=r"(loaded[2]), "=r"(loaded[3])
+                 : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(values + i)))
+                 : "memory");
+    return loaded;
   }
 };
 

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -209,7 +210,8 @@ std::string text(const dim3& index) {
 }
 
 std::string text(const Meeting& meeting) {
-  static const char* const names[] = {"sync_block", "sync_warp", "shuffle", "ballot"};
+  static const char* const names[] = {"sync_block", "sync_warp",     "shuffle",
+                                      "ballot",     "load_matrices", "mma"};
   return std::string(names[static_cast<int>(meeting.kind)]) + " (" + meeting.site.file + ":" +
          std::to_string(meeting.site.line) + ")";
 }
@@ -273,6 +275,57 @@ void wait_for_turn(Device& d) {
   if (d.cancelling) throw Cancelled();
 }
 
+void exchange_matrices(const uint64_t* brought) {
+  const auto part = [&](int lane) { return reinterpret_cast<MatricesPart*>(brought[lane]); };
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      const uint16_t* row = part(8 * matrix + lane / 4)->row;
+      std::memcpy(&part(lane)->loaded[matrix], row + 2 * (lane % 4), sizeof(uint32_t));
+    }
+  }
+}
+
+double element(MmaType type, uint32_t pair, int which) {
+  const uint32_t bits = pair >> (16 * which) & 0xffffu;
+  if (type == MmaType::bfloat16) {
+    const uint32_t wide = bits << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    return value;
+  }
+  const int exponent = static_cast<int>(bits >> 10 & 31);
+  const int fraction = static_cast<int>(bits & 1023);
+  const double size = exponent == 31  ? (fraction == 0 ? INFINITY : NAN)
+                      : exponent == 0 ? std::ldexp(fraction, -24)
+                                      : std::ldexp(1024 + fraction, exponent - 25);
+  return bits >> 15 ? -size : size;
+}
+
+// Summed in double, and rounded once; hardware rounds otherwise, and no better than fp32.
+void multiply_matrices(const uint64_t* brought) {
+  const auto part = [&](int lane) { return reinterpret_cast<MmaPart*>(brought[lane]); };
+  double a[16][16], b[8][16];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    const MmaPart& held = *part(lane);
+    const int row = lane / 4, pair = lane % 4 * 2;
+    for (int i = 0; i < 2; ++i) {
+      for (int half = 0; half < 4; ++half) {
+        a[row + half % 2 * 8][pair + half / 2 * 8 + i] = element(held.type, held.a[half], i);
+      }
+      b[row][pair + i] = element(held.type, held.b[0], i);
+      b[row][pair + 8 + i] = element(held.type, held.b[1], i);
+    }
+  }
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+      double sum = part(lane)->sums[i];
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[column][k];
+      part(lane)->sums[i] = static_cast<float>(sum);
+    }
+  }
+}
+
 int position(const Device& d) {
   const dim3& t = d.running->index;
   return static_cast<int>(t.x + blockDim.x * (t.y + blockDim.y * t.z));
@@ -323,6 +376,9 @@ uint64_t wait_for_lanes(Collective kind, uint32_t mask, uint64_t value, int sour
       brought[i] = at(i).value;
       votes |= static_cast<uint64_t>(brought[i] != 0) << i;
     }
+    // The lanes wait, so that their parts stand on their stacks.
+    if (kind == Collective::load_matrices) exchange_matrices(brought);
+    if (kind == Collective::mma) multiply_matrices(brought);
     for (int i = 0; i < kWarpSize; ++i) {
       if ((mask >> i & 1) == 0) continue;
       at(i).value = kind == Collective::ballot ? votes : brought[at(i).source];

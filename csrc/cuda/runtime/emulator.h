@@ -40,12 +40,25 @@ struct Site {
   int line;
 };
 
-enum class Collective { sync_block, sync_warp, shuffle, ballot };
+enum class Collective { sync_block, sync_warp, shuffle, ballot, load_matrices, mma };
 
 // Waits for every thread of the block, or for every lane of the mask. Gives a shuffle the value
-// that lane `source` brought, a ballot the lanes whose value is not 0.
+// that lane `source` brought, a ballot the lanes whose value is not 0. For products of matrices the
+// value is the address of the lane's part, below.
 void wait_for_block(Site site);
 uint64_t wait_for_lanes(Collective kind, uint32_t mask, uint64_t value, int source, Site site);
+
+struct MatricesPart {
+  const uint16_t* row;
+  uint32_t loaded[4];
+};
+
+struct MmaPart {
+  MmaType type;
+  float* sums;
+  const uint32_t* a;
+  uint32_t b[2];
+};
 
 [[noreturn]] void fail(const std::string& what);
 void register_shared(void* data, size_t bytes);
@@ -125,7 +138,12 @@ inline bool all(bool vote, uint32_t mask = kWholeWarp, FASTZOO_SITE) {
   return ballot(vote, mask, site) == mask;
 }
 
-#undef FASTZOO_SITE
+template <MmaType type>
+void mma(float (&sums)[4], const Vector<uint32_t, 4>& a, uint32_t b0, uint32_t b1, FASTZOO_SITE) {
+  emulator::MmaPart part{type, sums, a.values, {b0, b1}};
+  emulator::wait_for_lanes(emulator::Collective::mma, kWholeWarp, reinterpret_cast<uint64_t>(&part),
+                           emulator::lane(), site);
+}
 
 template <class T>
 T atomic_exchange(T* address, T value) {
@@ -183,6 +201,17 @@ class SharedArray {
   void store(int64_t i, const Vector<T, m>& vector) {
     store_vector(at(i, m), vector);
   }
+  Vector<uint32_t, 4> load_matrices(int64_t i, FASTZOO_SITE) {
+    static_assert(sizeof(T) == 2, "load_matrices moves elements of 16 bits");
+    const T* row = at(i, 8);
+    emulator::check_alignment(row, 16);
+    emulator::MatricesPart part{reinterpret_cast<const uint16_t*>(row), {}};
+    emulator::wait_for_lanes(emulator::Collective::load_matrices, kWholeWarp,
+                             reinterpret_cast<uint64_t>(&part), emulator::lane(), site);
+    Vector<uint32_t, 4> loaded;
+    __builtin_memcpy(loaded.values, part.loaded, sizeof(loaded));
+    return loaded;
+  }
 
  private:
   T* at(int64_t i, int count) {
@@ -195,5 +224,7 @@ class SharedArray {
 
   alignas(16) T values_[n];
 };
+
+#undef FASTZOO_SITE
 
 }  // namespace fastzoo::cuda

@@ -8,6 +8,7 @@
 //   atomic_add, atomic_max, atomic_exchange, load_volatile, thread_fence, wait_for_other_block
 //   load_vector<n>(p), store_vector(p, vector): whole 16-byte (or one 8-byte) accesses
 //   fused_multiply_add, population_count
+//   a.load_matrices(i), mma<type>(sums, a, b): products of small matrices, by the whole warp
 #pragma once
 
 #include <cstdint>
@@ -35,6 +36,20 @@ struct Vector {
   FASTZOO_DEVICE T& operator[](int i) { return values[i]; }
   FASTZOO_DEVICE const T& operator[](int i) const { return values[i]; }
 };
+
+// What the 16 bits of an operand of mma() are.
+enum class MmaType { float16, bfloat16 };
+
+// What lanes hold of the matrices. A register has two neighbouring elements, the lower bits first:
+//   load_matrices(i): four 8 x 8 matrices of 16-bit elements; lanes 8 m to 8 m + 7 give where the
+//     rows of matrix m begin. Of matrix m a lane gets, as register m, elements 2 (lane % 4) and
+//     the next of row lane / 4.
+//   mma(sums, a, b): sums[16, 8] += a[16, 16] b[8, 16]^T, summed in fp32. With row = lane / 4 and
+//     pair = 2 (lane % 4), a lane holds
+//       a     (row, pair), (row + 8, pair), (row, pair + 8), (row + 8, pair + 8), a pair each
+//       b     (row, pair), (row, pair + 8), a pair each
+//       sums  (row, pair), (row, pair + 1), (row + 8, pair), (row + 8, pair + 1)
+//     so that the four 8 x 8 matrices of a, down first, and the two of b, are as loaded.
 
 }  // namespace fastzoo::cuda
 
