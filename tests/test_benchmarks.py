@@ -409,7 +409,9 @@ def test_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["public"] > 0 < found["bare"]
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = ["--op", "nms", "--case", "1 box", "--peers", "eager", "--budget", "0.05"]
     assert main([*chosen, "--device", "cpu", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
@@ -420,6 +422,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (tmp_path / "benchmarks.md").unlink()
     assert main(["--report-only", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "benchmarks.md").exists()
+    found = {"ceilings": {"matmul_float32": 1, "matmul_bfloat16": 1, "copy": 1}}
+    monkeypatch.setattr("benchmarks.__main__._of_the_machine", lambda *_: found)
+    assert main(["--machine", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    again = json.loads(path.read_text())
+    assert again["rows"] == written["rows"]
+    assert again["ceilings"] == found["ceilings"]
     shape = ["--op", "nms", "--shape", "n=7", "--peers", "eager", "--device", "cpu"]
     assert main([*shape, "--budget", "0.01", "--output", str(tmp_path / "none")]) == 0
     assert not (tmp_path / "none").exists()
