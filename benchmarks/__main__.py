@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import machine, overhead, report, results
+from benchmarks import machine, memory, overhead, report, results
 from benchmarks.results import Record
 from benchmarks.rows import Row, measure_case, select
 from fastzoo.testing import SPECS
@@ -26,10 +26,12 @@ def _progress(cases: list[list[Row]]) -> Iterable[list[Row]]:
 
 
 def _line(record: Record) -> str:
-    head = f"{record['op']:12} {record['case']:20} {record['implementation']:14}"
+    head = f"{record['op']:19} {record['case']:32} {record['implementation']:20}"
     if "seconds" not in record:
         return f"{head} {record.get('reason') or 'ERROR ' + record['error']}"
     share = "" if record["equal"] == 1 else f", {report.share_text(record['equal'])} right"
+    if "deviation" in record:
+        share = f", error {record['deviation']:.0e}"
     memory = report.memory_text(record["peak_bytes"])
     return f"{head} {report.time_text(record['seconds']):>9}, {memory}{share}"
 
@@ -47,6 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         metavar="NAME=SIZE",
         help="measure these sizes instead, e.g. n=4096 k=512 dim=32; prints, writes nothing",
+    )
+    parser.add_argument(
+        "--machine",
+        action="store_true",
+        help="no case: only what torch reaches on this machine, and fastzoo's overheads",
     )
     parser.add_argument(
         "--output", type=Path, help="folder of results and report (default: this repository's)"
@@ -70,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    if not rows:
+    if arguments.machine:
+        rows = []
+    elif not rows:
         parser.error("no case has this name and takes these sizes")
 
     records = []
@@ -83,10 +92,16 @@ def main(argv: list[str] | None = None) -> int:
     for op in dict.fromkeys(record["op"] for record in records):
         print(f"{op}: {report.smallest_ratio(measured, op)}")
     if not shape:
-        whole = not (arguments.case or arguments.peers)
-        if whole:
+        part = arguments.case or arguments.peers or arguments.machine
+        if not part:
+            measured["memory"] = {
+                curve.op: memory.measure(curve, arguments.device)
+                for curve in memory.CURVES
+                if arguments.op in (None, curve.op)
+            }
+        if arguments.machine or not (part or arguments.op):
             measured.update(_of_the_machine(arguments.device, arguments.budget))
-        path = results.save(folder, measured, partial=not whole or arguments.op is not None)
+        path = results.save(folder, measured, partial=bool(part or arguments.op))
         print(f"wrote {path}")
         _write_report(folder, target)
     return int(any("error" in record and record["kind"] != "peer" for record in records))
@@ -98,7 +113,9 @@ def _of_the_machine(device: str, budget: float) -> Record:
         "ceilings": machine.ceilings(device, budget=budget),
         "overhead": {
             "import": overhead.import_seconds(),
-            "calls": [overhead.call_overhead(spec, device) for spec in SPECS.values()],
+            "calls": [
+                overhead.call_overhead(spec, device) for spec in SPECS.values() if spec.benchmarks
+            ],
         },
     }
 

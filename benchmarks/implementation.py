@@ -5,10 +5,9 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-_CPU_MEMORY = 4e9
+from fastzoo.testing.timing import room
 
 
 class Unavailable(Exception):
@@ -22,14 +21,40 @@ class Implementation:
         name: as it appears in the tables.
         operators: by operator, ``prepare(*args, **kwargs) -> call``. What users of it do once,
             outside of the call, is done in ``prepare``: an index is built, boxes are converted.
-            ``call()`` returns indices. ``prepare`` may raise :class:`Unavailable`.
+            ``call()`` returns indices; of a loss ``prepare`` returns a :class:`Loss` instead, and
+            is given leaves where gradients are wanted. It may raise :class:`Unavailable`.
         kind: ``auto`` (what fastzoo runs by default), ``backend`` (another one of its own) or
             ``peer``.
+        note: what a reader of its times has to know.
+        autocast: whether it is for cases under autocast only, or for the others only; None for
+            all.
     """
 
     name: str
-    operators: dict[str, Callable[..., Callable[[], Any]]]
+    operators: dict[str, Callable[..., Any]]
     kind: str = "peer"
+    note: str | None = None
+    autocast: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss whose gradients belong to the call.
+
+    Args:
+        forward: returns the scalar.
+        inputs: what the gradients are taken of.
+        arranged: the gradients as the definition has them, where they lie in another way.
+        answers: the arguments and keyword arguments of the definition that it answers, where these
+            are not the row's.
+        autocast: whether autocast is for it.
+    """
+
+    forward: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...]
+    arranged: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda gradients: gradients
+    answers: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    autocast: bool = True
 
 
 def require(module: str) -> Any:
@@ -45,10 +70,8 @@ def require_cpu(tensor: Tensor) -> None:
         raise Unavailable("it runs on the CPU only")
 
 
-def require_memory(needed: float, device: torch.device) -> None:
-    """Refuse what would swap, or push another user of the machine out."""
-    free = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else _CPU_MEMORY
-    if needed > free:
+def require_memory(needed: float, device: str) -> None:
+    if needed > room(device):
         raise Unavailable(f"it needs {needed / 1e9:.1f} GB")
 
 

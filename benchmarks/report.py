@@ -14,12 +14,15 @@ _HEAD = """# Benchmarks
 Written by `python -m benchmarks` from `benchmarks/results/*.json`; do not edit.
 
 Every row runs in one process, on the same inputs and threads; the rows of a case take turns. An
-answer is checked before it is timed: fastzoo's must equal the definition's bit for bit, or there is
-no time and no ratio; of a peer, the share of right answers is shown, and one below 99 % is not
-timed. Times are medians; what a user of a peer does once (building an index, converting boxes,
+answer is checked before it is timed. Where it is made of indices, fastzoo's must equal the
+definition's bit for bit, or there is no time and no ratio; of a peer, the share of right answers is
+shown, and one below 99 % is not timed. A loss is timed forward and backward, together with the
+gradients of all its inputs, and all of these must come as near to their float64 values as rounding
+explains. Times are medians; what a user of a peer does once (building an index, converting boxes,
 compiling) is not counted. A ratio is a peer's time over fastzoo's: above 1, fastzoo is faster.
-Memory is the peak beyond the inputs; on a CPU it is seen every 0.2 ms, so a short call shows none.
-`floor` is the share of the least possible time: the case's operations at the fastest matrix product
+Memory is the peak beyond the inputs and the gradients; on a CPU it is seen every 0.2 ms, so a short
+call shows none. `floor` is the share of the least possible time: the case's operations (of a loss
+four matrix products, the least there is without the logits in memory) at the fastest matrix product
 that torch reaches on the machine, or its bytes at the speed of a copy.
 
 Measure your own machine with `make bench`, or `python -m fastzoo selftest --bench` where only the
@@ -72,6 +75,11 @@ def _sections(report: Record, folder: Path) -> list[str]:
         image = Path("images") / f"benchmarks-{machine['slug']}-{op}.png"
         if plot(report, op, folder / image):
             sections.append(f"![{op}: peers' times over fastzoo's]({image.as_posix()})\n")
+        curve = report.get("memory", {}).get(op)
+        if curve:
+            image = Path("images") / f"memory-{machine['slug']}-{op}.png"
+            plot_memory(report, op, folder / image)
+            sections.append(f"{_curve_text(curve)}\n![{op}: memory]({image.as_posix()})\n")
     if "overhead" in report:
         sections.append(_overhead_text(report))
     return sections
@@ -184,7 +192,14 @@ def _floor_share(report: Record, row: Record) -> str:
 
 
 def _notes(report: Record, op: str) -> list[str]:
-    """Why a time is missing."""
+    """What an implementation is, where its name does not say it, and why a time is missing."""
+    remarks = {
+        row["implementation"]: row["note"]
+        for row in report["rows"]
+        if row["op"] == op and "note" in row and "seconds" in row
+    }
+    notes = [f"- {name}: {note}" for name, note in remarks.items()]
+    notes = ["Of the peers:\n", *notes, ""] if notes else []
     by_reason: dict[tuple[str, str], list[str]] = {}
     for row in report["rows"]:
         why = row.get("reason") or row.get("error")
@@ -195,7 +210,28 @@ def _notes(report: Record, op: str) -> list[str]:
         f"- {name}{'' if len(where) == everywhere else ' at ' + ', '.join(where)}: {why}"
         for (name, why), where in by_reason.items()
     ]
-    return ["Not timed:\n", *lines, ""] if lines else []
+    return notes + (["Not timed:\n", *lines, ""] if lines else [])
+
+
+def _curve_text(curve: Record) -> str:
+    """The table of a memory curve: a row an implementation, a column a size."""
+    sizes = list(dict.fromkeys(point["size"] for point in curve["points"]))
+    rows = []
+    for name in dict.fromkeys(point["implementation"] for point in curve["points"]):
+        found = {p["size"]: p for p in curve["points"] if p["implementation"] == name}
+        cells = [found.get(size, {}) for size in sizes]
+        rows.append(
+            [
+                name,
+                *(
+                    memory_text(cell["peak_bytes"]) if "peak_bytes" in cell else _NOTHING
+                    for cell in cells
+                ),
+            ]
+        )
+    fixed = ", ".join(f"{key} = {value:,}" for key, value in curve["fixed"].items())
+    table = _table([curve["size_name"], *(f"{size:,}" for size in sizes)], rows)
+    return f"Peak memory beyond inputs and gradients, {fixed}:\n\n{table}"
 
 
 def _overhead_text(report: Record) -> str:
@@ -243,6 +279,9 @@ def memory_text(size: int) -> str:
 
 def _answers_text(report: Record, op: str, names: list[str]) -> str:
     timed = [row for row in report["rows"] if row["op"] == op and "seconds" in row]
+    if any("deviation" in row for row in timed):
+        errors = _cells(report, op, names, lambda row: f"{row['deviation']:.0e}")
+        return f"Largest relative error of the loss and its gradients:\n\n{errors}"
     if all(row["equal"] == 1 for row in timed):
         return "Every answer that was timed is right in full.\n"
     return "Right answers:\n\n" + _cells(report, op, names, lambda row: share_text(row["equal"]))
@@ -294,3 +333,34 @@ def plot(report: Record, op: str, path: Path) -> bool:
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
     return True
+
+
+def plot_memory(report: Record, op: str, path: Path) -> None:
+    """A line an implementation; where one would need too much memory its line ends."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curve = report["memory"][op]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for number, name in enumerate(dict.fromkeys(p["implementation"] for p in curve["points"])):
+        points = [p for p in curve["points"] if p["implementation"] == name and "peak_bytes" in p]
+        sizes = [point["size"] for point in points]
+        # What the sampling does not see is drawn at the least it can.
+        extra = [max(point["peak_bytes"], 1 << 16) / 2**20 for point in points]
+        colour = "black" if number == 0 else f"C{number - 1}"
+        axes.plot(sizes, extra, marker="o", color=colour, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.set_xlabel(curve["size_name"])
+    axes.set_ylabel("MiB beyond inputs and gradients")
+    fixed = ", ".join(f"{key} = {value:,}" for key, value in curve["fixed"].items())
+    axes.set_title(f"{op}, {fixed}, {report['machine']['device']}", loc="left")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    pyplot.close(figure)

@@ -39,7 +39,10 @@ def _key(row: Record) -> tuple[str, str, str]:
 def _merged(before: Record, after: Record) -> Record:
     rows = {_key(row): row for row in before["rows"]}
     rows.update({_key(row): row for row in after["rows"]})
-    return {**before, **after, "rows": list(rows.values())}
+    merged = {**before, **after, "rows": list(rows.values())}
+    if "memory" in before and "memory" in after:
+        merged["memory"] = {**before["memory"], **after["memory"]}
+    return merged
 
 
 def cases(report: Record, op: str) -> list[str]:

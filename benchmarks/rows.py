@@ -8,22 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.expected import compare, expected
-from benchmarks.implementation import Implementation, Unavailable, first_line
+from benchmarks.expected import compare, expected, expected_loss
+from benchmarks.implementation import Implementation, Loss, Unavailable, first_line
 from benchmarks.peers import PEERS
 from fastzoo.ops._operator import OPERATORS
 from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
-from fastzoo.testing.timing import measure_together
+from fastzoo.testing.losses import deviation, leaves, loss_and_gradients, with_gradients
+from fastzoo.testing.timing import measure_together, peak_memory
 
 # Below this share of right answers a peer computes something else, and its time means nothing.
 _LEAST_SHARE = 0.99
 
 
-def _fastzoo(spec: OpSpec, backend: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+def _fastzoo(spec: OpSpec, backend: str, *args: Any, **kwargs: Any) -> Any:
     reason = OPERATORS[spec.operator].refusal(backend, args[0].device.type)
     if reason is not None:
         raise Unavailable(reason)
-    return functools.partial(spec.function, *args, **kwargs, backend=backend)
+    call = functools.partial(spec.function, *args, **kwargs, backend=backend)
+    wanted = leaves(args)
+    return Loss(call, wanted) if wanted else call
 
 
 def implementations(op: str, device: str) -> list[Implementation]:
@@ -52,11 +55,22 @@ class Problem:
 
     @functools.cached_property
     def args(self) -> tuple[Any, ...]:
-        return self.case.make(self.device, **self.shape)
+        return with_gradients(self.case.make(self.device, **self.shape), self.case.gradients)
 
     @functools.cached_property
-    def right(self) -> Tensor:
-        return expected(self.spec.name, *self.args, **self.case.kwargs)
+    def right(self) -> Any:
+        find = expected_loss if self.case.gradients else expected
+        return find(self.spec.name, *self.args, **self.case.kwargs)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradients take, which no implementation can do without."""
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves(self.args))
+
+    def release(self) -> None:
+        """Forget the inputs and the answer: all cases together would not fit into memory."""
+        vars(self).pop("args", None)
+        vars(self).pop("right", None)
 
     @property
     def name(self) -> str:
@@ -73,21 +87,58 @@ class Row:
     def __str__(self) -> str:
         return f"{self.problem.name}: {self.implementation.name}"
 
-    def checked_call(self) -> tuple[Callable[[], Any], float]:
-        """The call to time, and its share of right answers.
+    def _prepare(self) -> Any:
+        problem = self.problem
+        prepare = self.implementation.operators[problem.spec.name]
+        return prepare(*problem.args, **problem.case.kwargs)
+
+    def _of_loss(self, loss: Loss) -> Callable[[], tuple[Tensor, ...]]:
+        autocast = self.problem.case.autocast if loss.autocast else None
+        return loss_and_gradients(loss.forward, loss.inputs, autocast)
+
+    def call(self) -> Callable[[], Any]:
+        """The call, unchecked.
+
+        Raises:
+            Unavailable: it cannot run here.
+        """
+        prepared = self._prepare()
+        return self._of_loss(prepared) if isinstance(prepared, Loss) else prepared
+
+    def checked_call(self) -> tuple[Callable[[], Any], dict[str, float]]:
+        """The call to time, and how right it is: ``equal``, its share of right answers, and of a
+        loss ``deviation``, its and its gradients' largest relative error.
 
         Raises:
             Unavailable: it cannot run here.
             AssertionError: its answer is wrong.
         """
-        problem = self.problem
-        op = problem.spec.name
-        call = self.implementation.operators[op](*problem.args, **problem.case.kwargs)
-        exact, share = compare(op, call(), problem.right)
+        prepared = self._prepare()
+        if isinstance(prepared, Loss):
+            call = self._of_loss(prepared)
+            return call, {"equal": 1.0, "deviation": self._checked_deviation(prepared, call())}
+        exact, share = compare(self.problem.spec.name, prepared(), self.problem.right)
         passed = share >= _LEAST_SHARE if self.implementation.kind == "peer" else exact
         if not passed:
             raise AssertionError(f"wrong answer: {share:.2%} of it is right")
-        return call, share
+        return prepared, {"equal": share}
+
+    def _checked_deviation(self, loss: Loss, answer: tuple[Tensor, ...]) -> float:
+        problem = self.problem
+        right = problem.right
+        if loss.answers is not None:
+            args, kwargs = loss.answers
+            right = expected_loss(problem.spec.name, *args, **kwargs)
+        value, *gradients = answer
+        off = deviation((value, *loss.arranged(tuple(gradients))), right)
+        allowed = problem.case.tolerance(*problem.args, **problem.case.kwargs)
+        if not off <= allowed:
+            raise AssertionError(f"wrong answer: off by {off:.1e}, {allowed:.1e} is allowed")
+        return off
+
+    def extra_bytes(self, peak: int) -> int:
+        """Of the memory at a call's peak, what is not its gradients."""
+        return max(0, peak - self.problem.gradient_bytes)
 
     def rates(self, seconds: float) -> dict[str, float]:
         case, args = self.problem.case, self.problem.args
@@ -122,6 +173,7 @@ def select(
         for problem in _problems(spec, device, case, shape)
         for implementation in implementations(spec.name, device)
         if implementation.kind != "peer" or peers is None or implementation.name in peers
+        if implementation.autocast in (None, problem.case.autocast is not None)
     ]
 
 
@@ -129,7 +181,11 @@ def _problems(
     spec: OpSpec, device: str, case: str, shape: dict[str, int] | None
 ) -> Iterator[Problem]:
     for known in spec.benchmarks:
-        if case not in known.name or (shape and set(shape) != set(known.shape)):
+        if (
+            device not in known.devices
+            or case not in known.name
+            or (shape and set(shape) != set(known.shape))
+        ):
             continue
         yield Problem(spec, known, shape or known.shape, device)
         if shape:
@@ -146,6 +202,7 @@ def measure_case(rows: list[Row], *, budget: float = 1.0) -> list[dict[str, Any]
     checked = [_check(row) for row in rows]
     calls = [record.pop("call") for record in checked if "call" in record]
     timings = iter(measure_together(calls, rows[0].problem.device, budget=budget))
+    del calls
     for row, record in zip(rows, checked, strict=True):
         if "equal" in record:
             timing = next(timings)
@@ -153,9 +210,10 @@ def measure_case(rows: list[Row], *, budget: float = 1.0) -> list[dict[str, Any]
                 seconds=timing.median,
                 minimum=timing.minimum,
                 repeats=timing.repeats,
-                peak_bytes=timing.peak_bytes,
+                peak_bytes=row.extra_bytes(timing.peak_bytes),
                 **row.rates(timing.median),
             )
+    rows[0].problem.release()
     return checked
 
 
@@ -166,31 +224,39 @@ def _check(row: Row) -> dict[str, Any]:
         "implementation": row.implementation.name,
         "kind": row.implementation.kind,
     }
+    if row.implementation.note:
+        record["note"] = row.implementation.note
     try:
-        call, share = row.checked_call()
+        call, how_right = row.checked_call()
     except Unavailable as reason:
         return {**record, "reason": str(reason)}
     except AssertionError as wrong:
         return {**record, "error": str(wrong)}
     except Exception as failure:  # a report goes on past any failure
         return {**record, "error": first_line(failure)}
-    return {**record, "equal": share, "call": call}
+    return {**record, **how_right, "call": call}
+
+
+# The problem whose inputs and answer are in memory; pytest keeps all rows to the end.
+_held: list[Problem] = []
 
 
 def run_in_pytest(row: Row, benchmark: Any) -> None:
     """Time a row with pytest-benchmark."""
     import pytest
 
-    from fastzoo.testing.timing import peak_memory
-
+    if _held and _held[0] is not row.problem:
+        _held.pop().release()
+    _held[:] = [row.problem]
     try:
-        call, share = row.checked_call()
+        call, how_right = row.checked_call()
     except Unavailable as reason:
         pytest.skip(str(reason))
     benchmark.group = f"{row.problem.spec.name}: {row.problem.name}"
     benchmark(_synchronised(call) if row.problem.device == "cuda" else call)
-    benchmark.extra_info["equal"] = share
-    benchmark.extra_info["peak_bytes"] = peak_memory(call, row.problem.device)
+    benchmark.extra_info.update(how_right)
+    peak = row.extra_bytes(peak_memory(call, row.problem.device))
+    benchmark.extra_info["peak_bytes"] = peak
     benchmark.extra_info["threads"] = torch.get_num_threads()
     if benchmark.stats:
         benchmark.extra_info.update(row.rates(benchmark.stats.stats.median))

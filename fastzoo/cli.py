@@ -96,6 +96,8 @@ def _benchmark_line(record: dict[str, object]) -> str:
     head = f"{record['op']} [{record['backend']}] {record['case']} {record['shape']}"
     if "error" in record:
         return f"FAIL {head}: {record['error']}"
+    if "skipped" in record:
+        return f"{head}: not measured, {record['skipped']}"
     same = "equal" if record["equal"] else "not equal"
     return (
         f"{head}: {_milliseconds(record['seconds'])}, eager "

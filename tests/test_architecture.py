@@ -13,19 +13,19 @@ from tests.conftest import ROOT
 # fastzoo/ are floors by themselves, since they stand at different heights.
 MAY_IMPORT = {
     "models": {"models", "nn", "samplers", "ops"},
-    "nn": {"nn", "ops"},
+    "nn": {"nn", "ops", "reference"},
     "samplers": {"samplers", "ops"},
     "ops": {"ops", "reference", "kernels", "backends", "_native"},
     "reference": {"reference"},
     "kernels": {"kernels", "reference"},
     "testing": {"testing", "ops", "reference", "fastzoo", "backends", "_native", "info"},
-    "compat": {"compat", "ops", "reference"},
+    "compat": {"compat", "nn", "ops", "reference"},
     "backends": {"_native"},
     "_native": set(),
     "info": {"fastzoo", "_native", "backends", "ops"},
     "cli": {"fastzoo", "testing", "info", "backends"},
     "__main__": {"cli"},
-    "fastzoo": {"ops", "reference", "backends", "info"},
+    "fastzoo": {"nn", "ops", "reference", "backends", "info"},
 }
 OTHER_PROJECTS = {"reference": {"torch"}, "kernels": {"torch", "triton"}}
 ANY_PROJECT = {"torch", "numpy"}

@@ -5,12 +5,26 @@ from benchmarks.peers import (
     cdist,
     eager,
     faiss,
+    linear_cross_entropy,
+    metric_learning,
     opencv,
+    partial_fc,
     scalar_nms,
     torch_compile,
     torchvision,
 )
 
-PEERS: tuple[Implementation, ...] = tuple(
-    module.PEER for module in (scalar_nms, torchvision, opencv, faiss, cdist, eager, torch_compile)
+PEERS: tuple[Implementation, ...] = (
+    scalar_nms.PEER,
+    torchvision.PEER,
+    opencv.PEER,
+    faiss.PEER,
+    cdist.PEER,
+    metric_learning.PEER,
+    partial_fc.PEER,
+    partial_fc.TENTH,
+    linear_cross_entropy.PEER,
+    eager.PEER,
+    torch_compile.PEER,
+    eager.FLOAT32,
 )

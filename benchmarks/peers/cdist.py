@@ -9,7 +9,7 @@ from benchmarks.implementation import Implementation, require_memory
 
 
 def _vq_nearest(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
-    require_memory(float(len(x) * len(codebook) * x.element_size()), x.device)
+    require_memory(float(len(x) * len(codebook) * x.element_size()), x.device.type)
     return lambda: torch.cdist(x, codebook).argmin(1)
 
 

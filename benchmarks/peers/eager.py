@@ -1,26 +1,29 @@
 """The formula written out in PyTorch."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
-from benchmarks.implementation import Implementation, require_memory
+from benchmarks.implementation import Implementation, Loss, require_memory
 from fastzoo.testing import SPECS, OpSpec
-
-# At its peak ``nms`` holds four tensors [N, N, 2], ``vq_nearest`` one [N, K].
-_PEAK_BYTES: dict[str, Callable[..., float]] = {
-    "nms": lambda boxes, scores, iou_threshold: 8.0 * len(boxes) ** 2 * boxes.element_size(),
-    "vq_nearest": lambda x, codebook: float(len(x) * len(codebook) * x.element_size()),
-}
+from fastzoo.testing.losses import leaves
 
 
-def _prepare(spec: OpSpec, *args: Any, **kwargs: Any) -> Callable[[], Tensor]:
-    require_memory(_PEAK_BYTES[spec.name](*args, **kwargs), args[0].device)
-    return functools.partial(spec.eager, *args, **kwargs)
+def _prepare(spec: OpSpec, *args: Any, **_: Any) -> Any:
+    require_memory(spec.eager_bytes(*args), args[0].device.type)
+    formula = functools.partial(spec.eager, *args)
+    wanted = leaves(args)
+    return Loss(formula, wanted) if wanted else formula
 
 
-PEER = Implementation(
-    "eager", {name: functools.partial(_prepare, spec) for name, spec in SPECS.items()}
+def _without_autocast(spec: OpSpec, *args: Any, **_: Any) -> Loss:
+    require_memory(spec.eager_bytes(*args), args[0].device.type)
+    return Loss(functools.partial(spec.eager, *args), leaves(args), autocast=False)
+
+
+PEER = Implementation("eager", {op: functools.partial(_prepare, s) for op, s in SPECS.items()})
+FLOAT32 = Implementation(
+    "eager float32",
+    {op: functools.partial(_without_autocast, spec) for op, spec in SPECS.items()},
+    note="the same formula without autocast",
+    autocast=True,
 )

@@ -4,7 +4,7 @@
 #include <string>
 #include <tuple>
 
-#include "../torch_abi.h"
+#include "entry.h"
 
 namespace fastzoo {
 namespace {
@@ -18,21 +18,6 @@ Metric parse_metric(const std::string& name) {
   STD_TORCH_CHECK(false, "vq_nearest: metric must be l2, cosine or dot, got ", name);
 }
 
-cpu::Dtype kernel_dtype(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return cpu::Dtype::float32;
-    case ScalarType::Double:
-      return cpu::Dtype::float64;
-    case ScalarType::Half:
-      return cpu::Dtype::float16;
-    case ScalarType::BFloat16:
-      return cpu::Dtype::bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "vq_nearest: float, double, half or bfloat16 needed");
-  }
-}
-
 std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, std::string metric) {
   const Tensor rows = torch::stable::contiguous(x);
   const Tensor codes = torch::stable::contiguous(codebook);
@@ -40,7 +25,7 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, s
   const int threads = static_cast<int>(torch::stable::get_num_threads());
 
   cpu::VqArgs args{};
-  args.dtype = kernel_dtype(x.scalar_type());
+  args.dtype = kernel_dtype(x.scalar_type(), "vq_nearest");
   args.metric = parse_metric(metric);
   args.rows = rows.size(0);
   args.codes = codes.size(0);
@@ -112,7 +97,7 @@ std::tuple<Tensor, Tensor> vq_nearest_backward(const Tensor& grad, const Tensor&
   const Tensor chosen = torch::stable::contiguous(indices);
 
   cpu::VqBackwardArgs args{};
-  args.dtype = kernel_dtype(dtype);
+  args.dtype = kernel_dtype(dtype, "vq_nearest");
   args.metric = parse_metric(metric);
   args.rows = rows.size(0);
   args.codes = codes.size(0);

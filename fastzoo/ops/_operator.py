@@ -44,8 +44,8 @@ class Operator:
         has: the backends that the operator has.
         setup_context, backward: as torch.library.register_autograd takes them; None for an
             operator without gradients.
-        differentiable_reference: run the reference under autograd wherever derivatives are asked
-            for. It is the formula of an operator that is itself a gradient.
+        differentiable_reference: derivatives are those of the reference under autograd, which
+            runs when they are computed. For an operator that is itself a gradient.
         autocast: the dtype that autocast casts floating inputs to, or ``off``: the inputs stay as
             they are, and nothing inside of the operator is cast.
         public: the public functions, whose references know forward-mode derivatives; by default
@@ -189,11 +189,7 @@ class Operator:
             setup_context(ctx, args, output)
             return output
 
-        function: Any = type(
-            f"{self.name}_{overload._overloadname}",
-            (torch.autograd.Function,),
-            {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-        )
+        function = _function(f"{self.name}_{overload._overloadname}", forward, backward)
 
         def kernel(*args: Any) -> Any:
             if _has_tangent(args):
@@ -202,14 +198,9 @@ class Operator:
                     f"fastzoo.ops.{self.public[0]} has no forward-mode derivative: use "
                     + ", ".join(f"fastzoo.reference.{name}" for name in self.public)
                 )
-            if _wants_gradient(args):
-                if torch._C._are_functorch_transforms_active():
-                    # Function.apply refuses here, since a forward written in Python could escape
-                    # the transforms. Ours only dispatches, to the next transform's layer.
-                    with enable_single_level_autograd_function():
-                        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-                return function.apply(*args)
-            return below(*args)
+            if not _wants_gradient(args):
+                return below(*args)
+            return self._reference(*args) if _in_nested_transforms() else function(*args)
 
         return kernel
 
@@ -221,17 +212,80 @@ class Operator:
         return kernel
 
     def _through_reference(self, overload: Any) -> Callable[..., Any]:
-        def kernel(*args: Any) -> Any:
-            if _wants_gradient(args) or _has_tangent(args):
-                return self._reference(*args)
+        """The kernel, whose own derivatives are those of the reference, computed when asked for."""
+
+        def below(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return overload(*args)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+            ctx.others = [None if isinstance(a, Tensor) else a for a in args]
+            return below(*args)
+
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            saved = iter(ctx.saved_tensors)
+            args = [next(saved) if other is None else other for other in ctx.others]
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            with torch.enable_grad():
+                # An argument may depend on another: each derivative is to stop at its own.
+                args = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
+                outputs = self._reference(*args)
+                if isinstance(outputs, Tensor):
+                    outputs = (outputs,)
+                pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+                found = torch.autograd.grad(
+                    [o for o, _ in pairs],
+                    [args[i] for i in wanted],
+                    [g for _, g in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+            results: list[Tensor | None] = [None] * len(args)
+            for i, gradient in zip(wanted, found, strict=True):
+                results[i] = gradient
+            return tuple(results)
+
+        function = _function(f"{self.name}_{overload._overloadname}", forward, backward)
+
+        def kernel(*args: Any) -> Any:
+            if not _wants_gradient(args) and not _has_tangent(args):
+                return below(*args)
+            if _has_tangent(args) or _in_nested_transforms():
+                return self._reference(*args)
+            return function(*args)
 
         return kernel
 
 
+def _function(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``apply`` of an autograd.Function, which torch.func's transforms take too."""
+    function: Any = type(
+        name,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+    )
+
+    def apply(*args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            # Function.apply refuses here, since a forward written in Python could escape the
+            # transforms. Ours only dispatches, to the next transform's layer.
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+        return function.apply(*args)
+
+    return apply
+
+
 def _wants_gradient(args: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _in_nested_transforms() -> bool:
+    """Of two torch.func transforms a function's backward serves the inner one alone."""
+    return (torch._C._functorch.maybe_current_level() or 0) > 1
 
 
 def _has_tangent(args: tuple[Any, ...]) -> bool:

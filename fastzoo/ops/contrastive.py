@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastzoo import reference
 from fastzoo.ops._checks import check_floating, check_same, check_tensor
+from fastzoo.ops._collectives import Batch, for_average, log_of_sum, sum_over
 from fastzoo.ops._operator import Operator
 from fastzoo.reference.contrastive import reduce
 from fastzoo.reference.margin_softmax import compute_dtype
@@ -170,6 +172,7 @@ def clip_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
+    group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """The mean of image-to-text and text-to-image cross-entropy, without the N x N logits.
@@ -181,6 +184,10 @@ def clip_loss(
         image, text: ``[N, D]``, as a rule of norm 1; float32, float64, float16 or bfloat16.
         logit_scale: the factor itself, not its logarithm: a number or a tensor of one.
         logit_bias: a number or a tensor of one; a softmax does not see it.
+        group: of torch.distributed. Each rank passes its own pairs, as many as it has, and gets the
+            loss of all ranks' pairs. Gradients are multiplied by the number of ranks, so that what
+            averages them over the ranks, as DistributedDataParallel does, has those of this loss.
+            None: this process alone.
         backend: ``auto``, ``reference``, ``cpu``, ``cuda`` or ``triton``; None follows
             :func:`fastzoo.use_backend`.
 
@@ -197,12 +204,12 @@ def clip_loss(
 
     Source: Radford et al., CLIP (2021), figure 3.
     """
-    image, text = _check_pairs(image, text)
-    own = torch.arange(image.shape[0], device=image.device)
-    scale = _number("logit_scale", logit_scale, image)
-    bias = None if logit_bias is None else _number("logit_bias", logit_bias, image)
-    positive, row, column = _scores(image, text, own, scale, bias, columns=True, backend=backend)
-    return ((row + column) / 2 - positive).mean()
+    pairs = _Pairs(image, text, logit_scale, logit_bias, group)
+    positive, row, column = _scores(*pairs.operands, columns=True, backend=backend)
+    if pairs.batch is not None:
+        exponentials, top = pairs.batch.exponentials(column)
+        column = log_of_sum(pairs.batch.scatter_sum(exponentials), top)
+    return pairs.mean((row + column) / 2 - positive)
 
 
 def sigmoid_contrastive_loss(
@@ -211,6 +218,7 @@ def sigmoid_contrastive_loss(
     logit_scale: float | Tensor,
     logit_bias: float | Tensor | None = None,
     *,
+    group: "dist.ProcessGroup | None" = None,
     backend: str | None = None,
 ) -> Tensor:
     """SigLIP's loss: every pair by itself belongs together or does not; without N x N logits.
@@ -221,12 +229,9 @@ def sigmoid_contrastive_loss(
 
     Source: Zhai et al., SigLIP (2023), equation 1.
     """
-    image, text = _check_pairs(image, text)
-    own = torch.arange(image.shape[0], device=image.device)
-    scale = _number("logit_scale", logit_scale, image)
-    bias = None if logit_bias is None else _number("logit_bias", logit_bias, image)
-    positive, row, _ = _scores(image, text, own, scale, bias, sigmoid=True, backend=backend)
-    return (row - positive).mean()
+    pairs = _Pairs(image, text, logit_scale, logit_bias, group)
+    positive, row, _ = _scores(*pairs.operands, sigmoid=True, backend=backend)
+    return pairs.mean(row - positive)
 
 
 def nt_xent(z: Tensor, temperature: float | Tensor, *, backend: str | None = None) -> Tensor:
@@ -278,6 +283,34 @@ def _check_pairs(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
             f"text: expected {image.shape[0]} rows, one for each image, got {text.shape[0]}"
         )
     return image, text
+
+
+class _Pairs:
+    """Images against texts, the texts being those of all ranks of a group, if there is one."""
+
+    def __init__(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+        group: "dist.ProcessGroup | None",
+    ) -> None:
+        image, text = _check_pairs(image, text)
+        scale = _number("logit_scale", logit_scale, image)
+        bias = _number("logit_bias", 0.0 if logit_bias is None else logit_bias, image)
+        own = torch.arange(image.shape[0], device=image.device)
+        self.batch: Batch | None = None
+        if group is not None:
+            self.batch, tensors = Batch.of(group, image.shape[0], image, text, scale, bias)
+            image, text, scale, bias = (for_average(t, group) for t in tensors)
+            text, own = self.batch.gather(text), own + self.batch.own.start
+        self.operands = image, text, own, scale, bias
+
+    def mean(self, loss: Tensor) -> Tensor:
+        if self.batch is None:
+            return loss.mean()
+        return sum_over(loss.sum(), self.batch.group) / sum(self.batch.counts)
 
 
 def _number(name: str, value: float | Tensor, like: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from fastzoo.reference.margin_softmax import (
     inverse,
     per_row,
     reduce_rows,
+    row_extras,
     row_weights,
     safe_norm,
     valid_rows,
@@ -224,6 +225,15 @@ class Rows(NamedTuple):
     weight_norm: Tensor  # of the row's own class
 
 
+class Losses(NamedTuple):
+    """What is to be reduced, ``[N]`` each."""
+
+    loss: Tensor  # times the weight of the row's class; 0 where the row does not count
+    extra: Tensor | None  # the margin's regulariser
+    weight: Tensor
+    lse: Tensor  # the log-sum-exp of all logits
+
+
 class Classes(NamedTuple):
     """Checked operands of a call."""
 
@@ -341,7 +351,7 @@ def margin_softmax_loss(
     if not margin.hardens_negatives:
         norm = rows.embedding_norm.detach()
         state = margin.update(state, rows.target.detach(), norm, valid)
-    loss, lse = loss_of_rows(
+    losses = losses_of_rows(
         rows,
         s,
         valid,
@@ -349,14 +359,15 @@ def margin_softmax_loss(
         classes=classes.number,
         margin=margin,
         state=state,
-        reduction=reduction,
         label_smoothing=label_smoothing,
         class_weight=class_weight,
         grad=grad,
         backend=backend,
     )
-    results = (loss, *((lse,) if return_lse else ()), *((state,) if margin.state_size else ()))
-    return results[0] if len(results) == 1 else results  # type: ignore[return-value]
+    loss = reduce_rows(losses.loss, losses.extra, losses.weight, valid, reduction)
+    results = [loss, *((losses.lse,) if return_lse else ())]
+    results += [state] if margin.state_size else []
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def margin_softmax_logits(
@@ -610,7 +621,7 @@ def target_logit(
     return scale * value  # type: ignore[no-any-return]
 
 
-def loss_of_rows(
+def losses_of_rows(
     rows: Rows,
     scale: Tensor,
     valid: Tensor,
@@ -619,13 +630,12 @@ def loss_of_rows(
     classes: int,
     margin: Margin,
     state: Tensor,
-    reduction: str = "mean",
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     grad: str = "exact",
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The loss, and the log-sum-exp of each row's logits ``[N]``."""
+) -> Losses:
+    """What the rows' scores over all ``classes`` make of each row."""
     own = target_logit(rows, scale, margin=margin, state=state, grad=grad, backend=backend)
     # Never lse - own of two large numbers: where the target wins, what is left is exact.
     loss = torch.logaddexp(rows.lse - own, torch.zeros_like(own))
@@ -639,7 +649,5 @@ def loss_of_rows(
         loss = (1 - label_smoothing) * row_weight * loss + label_smoothing * smooth
     else:
         loss = row_weight * loss
-    loss = torch.where(valid, loss, 0)
-    regularizer = margin.regularizer(rows.embedding_norm)
-    everywhere = torch.where(valid, lse, rows.lse)
-    return reduce_rows(loss, row_weight, regularizer, valid, reduction), everywhere
+    extra = row_extras(margin, rows.embedding_norm, valid)
+    return Losses(torch.where(valid, loss, 0), extra, row_weight, torch.where(valid, lse, rows.lse))

@@ -70,7 +70,8 @@ def margin_softmax_loss(
         reduction="none",
     )
     row_weight = row_weights(labels, valid, class_weight, loss.dtype)
-    results = [reduce_rows(loss, row_weight, margin.regularizer(norm), valid, reduction)]
+    extra = row_extras(margin, norm, valid)
+    results = [reduce_rows(loss, extra, row_weight, valid, reduction)]
     if return_lse:
         results.append(logits.logsumexp(1))
     if margin.state_size:
@@ -189,11 +190,19 @@ def row_weights(
     return torch.where(valid, class_weight.to(dtype)[torch.where(valid, labels, 0)], 0)
 
 
+def row_extras(margin: Margin, norm: Tensor, valid: Tensor) -> Tensor | None:
+    """The margin's regulariser of each row that counts ``[N]``."""
+    extra = margin.regularizer(norm)
+    return None if extra is None else torch.where(valid, extra, 0)
+
+
 def reduce_rows(
-    loss: Tensor, row_weight: Tensor, regularizer: Tensor | None, valid: Tensor, reduction: str
+    loss: Tensor, extra: Tensor | None, row_weight: Tensor, valid: Tensor, reduction: str
 ) -> Tensor:
-    """The mean over the rows' weights, and over the valid rows for the regulariser; 0 of none."""
-    extra = None if regularizer is None else torch.where(valid, regularizer, 0)
+    """The mean over the rows' weights, and over the valid rows for the regulariser; 0 of none.
+
+    Weights and validity are those of the whole batch, also where the losses are some of its rows'.
+    """
     if reduction == "none":
         return loss if extra is None else loss + extra
     if reduction == "sum":

@@ -51,6 +51,10 @@ class Margin:
         """The state after a batch of target cosines and norms ``[N]``, of which ``valid`` count."""
         return state
 
+    def frozen(self) -> "Margin":
+        """The same margin, whose state no batch changes: for evaluation."""
+        return self
+
     def regularizer(self, norm: Tensor) -> Tensor | None:
         """What is added to each row's loss ``[N]``."""
         return None
@@ -213,6 +217,9 @@ class AdaFace(Margin):
         known = torch.stack([count >= 1, count >= 2])
         return torch.where(known, state + self.t_alpha * (batch - state), state)
 
+    def frozen(self) -> Margin:
+        return dataclasses.replace(self, t_alpha=0.0)
+
     def terms(self, norm: Tensor, state: Tensor) -> Terms:
         mean, deviation = state.unbind()
         quality = self.h * (norm.detach().clamp(1e-3, 100) - mean) / (deviation + 1e-3)
@@ -274,6 +281,9 @@ class CurricularFace(Margin):
         count = valid.sum()
         mean = torch.where(valid, cosine, 0).sum() / count.clamp(min=1)
         return torch.where(count > 0, state + self.alpha * (mean - state), state)
+
+    def frozen(self) -> Margin:
+        return dataclasses.replace(self, alpha=0.0)
 
     def terms(self, norm: Tensor, state: Tensor) -> Terms:
         return Terms("arcface", m2=self.m)

@@ -333,6 +333,12 @@ def check_transforms(spec: OpSpec, backend: str, device: str) -> None:
     actual = torch.func.grad(lambda *a: call(*a).sum(), argnums=tuple(range(len(plain))))(*plain)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e), "torch.func.grad differs from autograd"
+    first = torch.autograd.grad(call(*args).sum(), args[0], create_graph=True)[0]
+    (second,) = torch.autograd.grad(first.sum(), args[0])
+    nested = torch.func.grad(
+        lambda x: torch.func.grad(lambda y: call(y, *plain[1:]).sum())(x).sum()
+    )
+    assert_gradient_close(nested(plain[0]), second, rtol=1e-12, name="torch.func.grad twice")
     sample = spec.gradient_sample(torch.float64)
 
     def definition(*args: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastzoo import ops, reference
 from fastzoo.reference.margin_softmax import compute_dtype
+from fastzoo.testing.losses import bound
 from fastzoo.testing.spec import BenchmarkCase, Invalid, OpSpec, Sample
 from fastzoo.testing.tolerance import unit_roundoff
 
@@ -58,14 +59,14 @@ def _invalid_clip() -> Iterator[Invalid]:
 def _in_double(function: Any) -> Any:
     """A reference in float64, its result in the operator's dtype."""
 
-    def definition(first: Tensor, second: Tensor, **kwargs: Any) -> Tensor:
+    def definition(first: Tensor, second: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
         wide = {
             name: value.double()
             if isinstance(value, Tensor) and value.is_floating_point()
             else value
             for name, value in kwargs.items()
         }
-        result: Tensor = function(first.double(), second.double(), **wide)
+        result: Tensor = function(first.double(), second.double(), *rest, **wide)
         return result.to(compute_dtype(first))
 
     return definition
@@ -116,10 +117,11 @@ def cancellation(image: Tensor, text: Tensor, **kwargs: Any) -> float:
     return _factor(kwargs) * max(float(t.double().abs().max()) for t in (image, text) if t.numel())
 
 
-def _clip_dispatch(image: Tensor, text: Tensor, **_: Any) -> tuple[Any, ...]:
+def _clip_dispatch(image: Tensor, text: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
     dtype = compute_dtype(image)
-    scale, bias = torch.full((1,), 10.0, dtype=dtype), torch.zeros(1, dtype=dtype)
-    return image, text, torch.arange(len(image)), scale, bias, False, True, False, False
+    scale, bias = image.new_full((1,), 10.0, dtype=dtype), image.new_zeros(1, dtype=dtype)
+    own = torch.arange(len(image), device=image.device)
+    return image, text, own, scale, bias, False, True, False, False
 
 
 def _pair_gradient(scale: str, factor: float) -> Any:
@@ -138,14 +140,38 @@ def eager_clip(image: Tensor, text: Tensor, logit_scale: float | Tensor) -> Tens
     return (F.cross_entropy(by_image, own) + F.cross_entropy(by_text, own)) / 2
 
 
-def _clip_case(n: int, dim: int) -> BenchmarkCase:
+def _trained_pairs(
+    n: int, dim: int, device: str, logit_scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs whose partners are found about every other time, and the scale as a tensor."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(n, dim, generator=generator)
+    text = image + 4 * torch.randn(n, dim, generator=generator)
+    scale = torch.tensor(logit_scale, device=device)
+    return F.normalize(image).to(device), F.normalize(text).to(device), scale
+
+
+def _clip_case(
+    n: int,
+    dim: int,
+    autocast: torch.dtype | None = None,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+) -> BenchmarkCase:
+    def tolerance(image: Tensor, text: Tensor, logit_scale: Tensor) -> float:
+        coarse, scale = autocast is not None, float(logit_scale.detach())
+        return bound(scale=scale, dim=image.shape[1], terms=len(text), bfloat16=coarse)
+
     return BenchmarkCase(
-        name=f"{n} x {n} x {dim}",
+        name=f"{n} x {n} x {dim}" + (", bf16 autocast" if autocast else ""),
         shape={"n": n, "dim": dim},
-        make=lambda device, n, dim: random_pairs(n, dim, device=device),
-        kwargs={"logit_scale": 50.0},
-        flops=lambda image, text, **_: 8.0 * len(image) * text.numel(),
-        bytes=lambda image, text, **_: 4.0 * image.numel() * image.element_size(),
+        make=lambda device, n, dim: _trained_pairs(n, dim, device, 50.0),
+        kwargs={},
+        flops=lambda image, text, *_: 8.0 * len(image) * text.numel(),
+        bytes=lambda image, *_: 4.0 * image.numel() * image.element_size(),
+        gradients=(0, 1, 2),
+        tolerance=tolerance,
+        autocast=autocast,
+        devices=devices,
     )
 
 
@@ -174,7 +200,14 @@ CLIP_LOSS = _spec(
     gradient_sample=_pair_gradient("logit_scale", 5.0),
     tolerance=tolerance,
     autocast_tolerance=autocast_tolerance,
-    benchmarks=(_clip_case(512, 512), _clip_case(8192, 512)),
+    # Each direction's logits, their logarithm and two gradients.
+    eager_bytes=lambda image, text, *_: 24.0 * len(image) * len(text),
+    benchmarks=(
+        _clip_case(512, 512),
+        _clip_case(8192, 512),
+        _clip_case(8192, 512, torch.bfloat16),
+        _clip_case(32768, 768, torch.bfloat16, ("cuda",)),
+    ),
 )
 
 SIGMOID_CONTRASTIVE_LOSS = _spec(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastzoo import ops, reference
 from fastzoo.reference.margin_softmax import NORM_FLOOR, compute_dtype, per_row
+from fastzoo.testing.losses import bound
 from fastzoo.testing.spec import BenchmarkCase, Invalid, OpSpec, Sample
 from fastzoo.testing.tolerance import unit_roundoff
 
@@ -251,8 +252,7 @@ def eager(embeddings: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     sine = (1 - own.square()).clamp(1e-7, 1).sqrt()
     moved = own * math.cos(0.5) - sine * math.sin(0.5)
     moved = torch.where(own > -math.cos(0.5), moved, own - 0.5 * math.sin(0.5))
-    one_hot = F.one_hot(labels, weight.shape[0]).to(cosine.dtype)
-    return F.cross_entropy(64 * (one_hot * moved + (1 - one_hot) * cosine), labels)
+    return F.cross_entropy(64 * cosine.scatter(1, labels[:, None], moved), labels)
 
 
 def gradient_sample(dtype: torch.dtype) -> Sample:
@@ -272,21 +272,40 @@ def dispatch_args(
 ) -> tuple[Any, ...]:
     """Of a sample without sub-centres, in the order of ``margin_softmax_negatives``."""
     dtype = compute_dtype(embeddings)
-    rows = torch.full((len(embeddings),), scale, dtype=dtype)
-    nothing = torch.empty(0, dtype=dtype)
+    rows = embeddings.new_full((len(embeddings),), scale, dtype=dtype)
+    nothing = embeddings.new_empty(0, dtype=dtype)
     normalized = margin.normalize_embeddings, margin.normalize_weight
     tensors = embeddings, weight, labels, rows, nothing, nothing.clone(), nothing.clone()
     return *tensors, 0.0, 1, *normalized, False, False, False
 
 
-def _case(n: int, classes: int, dim: int) -> BenchmarkCase:
+def _eager_bytes(embeddings: Tensor, weight: Tensor, *_: Any) -> float:
+    """Four matrices of logits; normalised weights, their gradient and the weights'."""
+    return 16.0 * len(embeddings) * len(weight) + 12.0 * weight.numel()
+
+
+def _case(
+    n: int,
+    classes: int,
+    dim: int,
+    autocast: torch.dtype | None = None,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+) -> BenchmarkCase:
+    def tolerance(x: Tensor, w: Tensor, y: Tensor, *, margin: ops.Margin) -> float:
+        coarse = autocast is not None
+        return bound(scale=margin.default_scale, dim=x.shape[1], terms=len(w), bfloat16=coarse)
+
     return BenchmarkCase(
-        name=f"{n} x {classes} x {dim}",
+        name=f"{n} x {classes} x {dim}" + (", bf16 autocast" if autocast else ""),
         shape={"n": n, "classes": classes, "dim": dim},
         make=lambda device, n, classes, dim: random_faces(n, classes, dim, device=device),
         kwargs={"margin": ops.ArcFace(0.5)},
         flops=lambda x, w, y, **_: 8.0 * len(x) * w.numel(),
         bytes=lambda x, w, y, **_: (2 * x.numel() + 3 * w.numel()) * x.element_size(),
+        gradients=(0, 1),
+        tolerance=tolerance,
+        autocast=autocast,
+        devices=devices,
     )
 
 
@@ -296,6 +315,7 @@ MARGIN_SOFTMAX_LOSS = OpSpec(
     function=ops.margin_softmax_loss,
     definition=definition,
     eager=eager,
+    eager_bytes=_eager_bytes,
     samples=samples,
     invalid=invalid,
     dispatch_args=dispatch_args,
@@ -310,5 +330,11 @@ MARGIN_SOFTMAX_LOSS = OpSpec(
         _case(64, 1000, 128),
         _case(128, 85742, 512),
         _case(512, 85742, 512),
+        _case(128, 85742, 512, torch.bfloat16),
+        _case(512, 85742, 512, torch.bfloat16),
+        _case(256, 1000000, 512),
+        # What one GPU holds, and one of 8 that share two million classes.
+        _case(4096, 1000000, 512, torch.bfloat16, ("cuda",)),
+        _case(1024, 257500, 512, torch.bfloat16, ("cuda",)),
     ),
 )

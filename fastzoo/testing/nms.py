@@ -163,6 +163,8 @@ NMS = OpSpec(
     function=ops.nms,
     definition=reference.nms,
     eager=eager,
+    # At its peak it holds four tensors [N, N, 2].
+    eager_bytes=lambda boxes, *_: 8.0 * len(boxes) ** 2 * boxes.element_size(),
     samples=samples,
     invalid=invalid,
     dispatch_args=lambda boxes, scores, iou_threshold: (boxes, scores, iou_threshold),

@@ -1,9 +1,10 @@
 """Proves parity and speed of the installed build on the user's own machine and shapes."""
 
 import datetime
+import functools
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ import torch
 import fastzoo
 from fastzoo.ops._operator import OPERATORS
 from fastzoo.testing.conformance import checks_on, runnable_backends
+from fastzoo.testing.losses import deviation, leaves, loss_and_gradients, with_gradients
 from fastzoo.testing.spec import BenchmarkCase, OpSpec
 from fastzoo.testing.specs import SPECS
-from fastzoo.testing.timing import measure_together
+from fastzoo.testing.timing import measure_together, room
 
 
 def default_device() -> str:
@@ -71,11 +73,12 @@ def run_benchmarks(
 ) -> Iterator[dict[str, Any]]:
     """One record a case: fastzoo against the formula in eager PyTorch.
 
-    A case whose answer differs from the definition's is reported so, without a time.
+    A case whose answer differs from the definition's, a loss or a gradient by more than rounding
+    explains, is reported so, without a time.
     """
     for spec in specs:
         for case in spec.benchmarks:
-            if shape and set(shape) != set(case.shape):
+            if device not in case.devices or (shape and set(shape) != set(case.shape)):
                 continue
             yield _benchmark(spec, case, backend, device, shape or case.shape)
             if shape:
@@ -85,24 +88,36 @@ def run_benchmarks(
 def _benchmark(
     spec: OpSpec, case: BenchmarkCase, backend: str | None, device: str, shape: dict[str, int]
 ) -> dict[str, Any]:
-    args = case.make(device, **shape)
+    args = with_gradients(case.make(device, **shape), case.gradients)
 
-    def ours() -> Any:
-        return spec.function(*args, **case.kwargs, backend=backend)
+    def call(function: Callable[..., Any], **kwargs: Any) -> Callable[[], Any]:
+        bound = functools.partial(function, *args, **kwargs)
+        if not case.gradients:
+            return bound
+        return loss_and_gradients(bound, leaves(args), case.autocast)
 
-    def eager() -> Any:
-        return spec.eager(*args)
-
+    ours = call(spec.function, **case.kwargs, backend=backend)
+    eager = call(spec.eager)
     name = case.name if shape == case.shape else "shape as asked"
     record: dict[str, Any] = {"op": spec.name, "case": name, "shape": shape}
     record["backend"] = backend or OPERATORS[spec.operator].owner(device)
-    theirs, mine = eager(), ours()
+    needed = spec.eager_bytes(*args)
+    if needed > room(device):
+        return {**record, "skipped": f"the eager formula needs {needed / 1e9:.1f} GB"}
     # The eager formula is not exact; the share of equal answers is shown, the definition decides.
-    expected = spec.function(*args, **case.kwargs, backend="reference") if _small(args) else theirs
+    mine, theirs = ours(), eager()
     record["checked_against"] = "reference" if _small(args) else "eager"
-    record["equal"] = bool(torch.equal(mine, expected))
-    if record["checked_against"] == "reference" and not record["equal"]:
-        return {**record, "error": "differs from the reference: no time is given"}
+    expected = theirs
+    if _small(args):
+        expected = call(spec.function, **case.kwargs, backend="reference")()
+    if case.gradients:
+        off = deviation(mine, expected)
+        record["equal"] = off <= case.tolerance(*args, **case.kwargs)
+    else:
+        record["equal"] = bool(torch.equal(mine, expected))
+    if not record["equal"] and (case.gradients or _small(args)):
+        error = f"differs from the {record['checked_against']}: no time is given"
+        return {**record, "error": error}
     times, baseline = measure_together([ours, eager], device)
     return {
         **record,

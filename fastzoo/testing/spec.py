@@ -38,6 +38,12 @@ class BenchmarkCase:
         make: ``make(device, **shape)`` -> the arguments of the call.
         kwargs: its keyword arguments.
         flops, bytes: of the arguments, the least any implementation must do and move.
+        gradients: positions of the arguments whose gradients belong to the call, which then goes
+            forward and backward; none where the answer is made of integers.
+        tolerance: of the arguments, the relative error allowed of a loss and its gradients; see
+            :func:`fastzoo.testing.losses.deviation`.
+        autocast: the dtype of torch.autocast around the forward.
+        devices: where the case is measured.
     """
 
     name: str
@@ -46,6 +52,10 @@ class BenchmarkCase:
     kwargs: dict[str, Any]
     flops: Callable[..., float]
     bytes: Callable[..., float]
+    gradients: tuple[int, ...] = ()
+    tolerance: Callable[..., float] = lambda *args, **kwargs: 0.0
+    autocast: torch.dtype | None = None
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +68,8 @@ class OpSpec:
         function: the public function.
         definition: the oracle, same arguments as ``function`` less ``backend``. It is called on
             CPU tensors, and decides in float64 where the operator does.
-        eager: the formula as one writes it in PyTorch, for benchmarks.
+        eager: the formula as one writes it in PyTorch, for benchmarks; it takes the positional
+            arguments alone.
         samples: ``samples(dtype)`` -> valid calls on CPU tensors, every edge of the family.
         invalid: calls that must raise.
         dtypes: that the operator takes.
@@ -77,6 +88,8 @@ class OpSpec:
         cancellation: ``cancellation(args, kwargs)`` -> the size of terms that cancel in a
             gradient, on which its rounding errors are relative.
         benchmarks: rows.
+        eager_bytes: of the positional arguments, the memory that ``eager`` needs at its peak, with
+            its gradients; 0 where it is not worth a thought.
     """
 
     name: str
@@ -101,6 +114,7 @@ class OpSpec:
     gradient_rtol: Callable[..., float] | None = None
     cancellation: Callable[..., float] | None = None
     operator: str = ""
+    eager_bytes: Callable[..., float] = lambda *args: 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "operator", self.operator or self.name)

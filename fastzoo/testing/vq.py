@@ -155,6 +155,7 @@ VQ_NEAREST = OpSpec(
     function=ops.vq_nearest,
     definition=reference.vq_nearest,
     eager=eager,
+    eager_bytes=lambda x, codebook: float(len(x) * len(codebook) * x.element_size()),
     samples=samples,
     invalid=invalid,
     dispatch_args=lambda x, codebook, metric="l2", **_: (

@@ -30,38 +30,9 @@ struct Limits<double> {
   static constexpr double unit = 0x1p-53;
 };
 
-template <class Body>
-FASTZOO_INLINE void with_element(Dtype dtype, const Body& body) {
-  switch (dtype) {
-    case Dtype::float32:
-      return body(float{});
-    case Dtype::float64:
-      return body(double{});
-    case Dtype::float16:
-      return body(Half{});
-    case Dtype::bfloat16:
-      return body(BFloat16{});
-  }
-}
-
 FASTZOO_INLINE double exact_score(Metric metric, double sum, double norm) {
   if (metric == Metric::l2) return -sum;
   return metric == Metric::cosine ? sum / math::maximum(norm, math::kNormFloor) : sum;
-}
-
-// A double sum over dims whose order is free: eight running sums, so that it is as wide as any
-// vector.
-template <class Term>
-FASTZOO_INLINE double wide_sum(int64_t dims, const Term& term) {
-  constexpr int kWidth = 8;
-  double sums[kWidth] = {};
-  int64_t k = 0;
-  for (; k + kWidth <= dims; k += kWidth) {
-    for (int i = 0; i < kWidth; ++i) sums[i] += term(k + i);
-  }
-  for (; k < dims; ++k) sums[0] += term(k);
-  for (int i = 1; i < kWidth; ++i) sums[0] += sums[i];
-  return sums[0];
 }
 
 struct Winner {

@@ -61,4 +61,34 @@ FASTZOO_INLINE void narrow(double value, Half& element) {
 #endif
 }
 
+// Calls body(Element{}) with the C++ type of a dtype.
+template <class Body>
+FASTZOO_INLINE void with_element(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32:
+      return body(float{});
+    case Dtype::float64:
+      return body(double{});
+    case Dtype::float16:
+      return body(Half{});
+    case Dtype::bfloat16:
+      return body(BFloat16{});
+  }
+}
+
+// A double sum over terms whose order is free: eight running sums, so that it is as wide as any
+// vector.
+template <class Term>
+FASTZOO_INLINE double wide_sum(int64_t count, const Term& term) {
+  constexpr int kWidth = 8;
+  double sums[kWidth] = {};
+  int64_t k = 0;
+  for (; k + kWidth <= count; k += kWidth) {
+    for (int i = 0; i < kWidth; ++i) sums[i] += term(k + i);
+  }
+  for (; k < count; ++k) sums[0] += term(k);
+  for (int i = 1; i < kWidth; ++i) sums[0] += sums[i];
+  return sums[0];
+}
+
 }  // namespace fastzoo::cpu::FASTZOO_CPU_ISA

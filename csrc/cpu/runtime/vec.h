@@ -180,4 +180,21 @@ FASTZOO_INLINE typename Vec<T>::MaskType greater(Vec<T> a, Vec<T> b) {
   return less(b, a);
 }
 
+// Over the lanes, always in the same order.
+template <class T>
+FASTZOO_INLINE T lane_sum(Vec<T> a) {
+  T sums[Vec<T>::size];
+  a.store(sums);
+  for (int width = Vec<T>::size / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return sums[0];
+}
+template <class T>
+FASTZOO_INLINE T lane_maximum(Vec<T> a) {
+  T highest = a[0];
+  for (int i = 1; i < Vec<T>::size; ++i) highest = math::maximum(highest, a[i]);
+  return highest;
+}
+
 }  // namespace fastzoo::cpu::FASTZOO_CPU_ISA

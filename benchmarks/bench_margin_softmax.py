@@ -1,0 +1,13 @@
+"""``margin_softmax_loss`` against its peers: ``pytest benchmarks --benchmark-only``."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.rows import Row, run_in_pytest, select
+from fastzoo.testing.selftest import default_device
+
+
+@pytest.mark.parametrize("row", select("margin_softmax_loss", device=default_device()), ids=str)
+def test_margin_softmax_loss(row: Row, benchmark: Any) -> None:
+    run_in_pytest(row, benchmark)

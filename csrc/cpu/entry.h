@@ -1,0 +1,75 @@
+// What the entries of the CPU operators share.
+#pragma once
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <initializer_list>
+
+#include "../torch_abi.h"
+#include "runtime/dtype.h"
+
+namespace fastzoo {
+
+inline cpu::Dtype kernel_dtype(ScalarType dtype, const char* op) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return cpu::Dtype::float32;
+    case ScalarType::Double:
+      return cpu::Dtype::float64;
+    case ScalarType::Half:
+      return cpu::Dtype::float16;
+    case ScalarType::BFloat16:
+      return cpu::Dtype::bfloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": float, double, half or bfloat16 needed");
+  }
+}
+
+constexpr int64_t kElementsWorthAThread = 32768;
+
+inline int64_t element_size(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+}
+
+// How many threads a number of multiply-adds is worth.
+inline int threads_for(int64_t products) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t worth = 1 + products / (8 * kElementsWorthAThread);
+  return static_cast<int>(worth < threads ? worth : threads);
+}
+
+// Rows of a batch that are taken at once: they stand in memory packed twice, and their gradient is
+// summed once for each part.
+inline int64_t rows_at_once(int64_t rows, int64_t dims, int parts, int64_t element_size) {
+  constexpr int64_t kBytes = int64_t{48} << 20;
+  constexpr int64_t kMultiple = 64;
+  const int64_t fitting = kBytes / ((2 + parts) * (dims + 16) * element_size);
+  const int64_t most = fitting < kMultiple ? kMultiple : fitting / kMultiple * kMultiple;
+  return rows < most ? rows : most;
+}
+
+inline const void* data_or_null(const Tensor& tensor) {
+  return tensor.size(0) > 0 ? tensor.const_data_ptr() : nullptr;
+}
+
+inline Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> sizes,
+                       ScalarType dtype) {
+  return needed ? empty(like, sizes, dtype) : empty(like, {0}, dtype);
+}
+
+// Before a large output is written for the first time: memory that the system hands out in large
+// pages costs a few faults instead of one every 4 KiB.
+inline void ask_for_large_pages(const Tensor& output, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kLargePage = int64_t{2} << 20;
+  if (bytes < 2 * kLargePage) return;
+  const intptr_t begin = reinterpret_cast<intptr_t>(output.mutable_data_ptr());
+  const intptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  const intptr_t last = (begin + bytes) / kLargePage * kLargePage;
+  madvise(reinterpret_cast<void*>(first), static_cast<size_t>(last - first), MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace fastzoo

@@ -1,0 +1,129 @@
+// Selection, exponentials and logarithms of vectors. Included like vec.h. The scalar twins are in
+// csrc/math/host_device.h.
+#pragma once
+
+#include "vec.h"
+
+namespace fastzoo::cpu::FASTZOO_CPU_ISA {
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
+  using Scalar = int32_t;
+  static constexpr int kMantissa = 23;
+  static constexpr Scalar kBias = 127;
+};
+template <>
+struct BitsOf<double> {
+  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
+  using Scalar = int64_t;
+  static constexpr int kMantissa = 52;
+  static constexpr Scalar kBias = 1023;
+};
+
+// a in the lanes of the mask, b in the others.
+#if defined(__AVX512F__)
+FASTZOO_INLINE Vec<float> select(Mask<16> mask, Vec<float> a, Vec<float> b) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(mask.bits), b.v, a.v);
+}
+FASTZOO_INLINE Vec<double> select(Mask<8> mask, Vec<double> a, Vec<double> b) {
+  return _mm512_mask_blend_pd(static_cast<__mmask8>(mask.bits), b.v, a.v);
+}
+#else
+template <class T>
+FASTZOO_INLINE Vec<T> select(Mask<Vec<T>::size> mask, Vec<T> a, Vec<T> b) {
+  using Bits = typename BitsOf<T>::type;
+  using Scalar = typename BitsOf<T>::Scalar;
+  Bits lane;
+  for (int i = 0; i < Vec<T>::size; ++i) lane[i] = Scalar{1} << i;
+  const Bits chosen = (lane & static_cast<Scalar>(mask.bits)) != 0;
+  Bits a_bits, b_bits;
+  __builtin_memcpy(&a_bits, &a.v, sizeof(Bits));
+  __builtin_memcpy(&b_bits, &b.v, sizeof(Bits));
+  const Bits bits = (a_bits & chosen) | (b_bits & ~chosen);
+  Vec<T> result;
+  __builtin_memcpy(&result.v, &bits, sizeof(Bits));
+  return result;
+}
+#endif
+
+FASTZOO_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
+FASTZOO_INLINE double square_root(double a) { return __builtin_sqrt(a); }
+
+template <class T>
+struct Exponential;
+template <>
+struct Exponential<float> {
+  static constexpr float kLeast = -87.33654f;        // its exponential is just above 2^-126
+  static constexpr float kRound = 0x1.8p23f;         // adding it rounds to a whole number
+  static constexpr float kLn2High = 0x1.62e4p-1f;    // exact times any exponent
+  static constexpr float kLn2Low = 0x1.7f7d1cp-20f;  // ln 2 - kLn2High
+  static constexpr float kTerms[] = {1,        1,         1.f / 2,   1.f / 6,
+                                     1.f / 24, 1.f / 120, 1.f / 720, 1.f / 5040};
+};
+template <>
+struct Exponential<double> {
+  static constexpr double kLeast = -708.396418532264;
+  static constexpr double kRound = 0x1.8p52;
+  static constexpr double kLn2High = 0x1.62e42feep-1;
+  static constexpr double kLn2Low = 0x1.a39ef35793c76p-33;
+  static constexpr double kTerms[] = {1,
+                                      1,
+                                      1. / 2,
+                                      1. / 6,
+                                      1. / 24,
+                                      1. / 120,
+                                      1. / 720,
+                                      1. / 5040,
+                                      1. / 40320,
+                                      1. / 362880,
+                                      1. / 3628800,
+                                      1. / 39916800,
+                                      1. / 479001600,
+                                      1. / 6227020800};
+};
+
+// exp(x) for x up to 80, within about one unit in the last place: 2^n exp(r), where |r| is at most
+// ln(2)/2 and the remainder of the series is below the rounding of its sum. A result below the
+// smallest normal number is 0; that of NaN is NaN.
+template <class T>
+FASTZOO_INLINE Vec<T> exponential(Vec<T> x) {
+  using V = Vec<T>;
+  using E = Exponential<T>;
+  using Bits = typename BitsOf<T>::type;
+  const V shifted = fused_multiply_add(x, V(static_cast<T>(1.44269504088896340736)), V(E::kRound));
+  const V n = shifted - V(E::kRound);
+  const V r = fused_multiply_add(n, V(-E::kLn2Low), fused_multiply_add(n, V(-E::kLn2High), x));
+  constexpr int kCount = sizeof(E::kTerms) / sizeof(T);
+  V sum(E::kTerms[kCount - 1]);
+#pragma GCC unroll 16
+  for (int i = kCount - 2; i >= 0; --i) sum = fused_multiply_add(sum, r, V(E::kTerms[i]));
+  // The low bits of `shifted` are n.
+  Bits bits;
+  __builtin_memcpy(&bits, &shifted.v, sizeof(Bits));
+  bits = (bits + BitsOf<T>::kBias) << BitsOf<T>::kMantissa;
+  V power;
+  __builtin_memcpy(&power.v, &bits, sizeof(Bits));
+  return select(less(x, V(E::kLeast)), V(T(0)), sum * power);
+}
+
+// log(1 + x) for x from 0 to 1: 2 artanh(x / (2 + x)), whose series in a square of at most 1/9 is
+// short.
+template <class T>
+FASTZOO_INLINE Vec<T> log_one_plus(Vec<T> x) {
+  using V = Vec<T>;
+  constexpr int kTerms = sizeof(T) == 4 ? 8 : 17;
+  const V s = x / (x + V(T(2)));
+  const V square = s * s;
+  V sum(T(0));
+#pragma GCC unroll 20
+  for (int i = kTerms - 1; i > 0; --i) {
+    sum = fused_multiply_add(sum, square, V(T(1) / static_cast<T>(2 * i + 1)));
+  }
+  const V twice = s + s;
+  return fused_multiply_add(twice, sum * square, twice);
+}
+
+}  // namespace fastzoo::cpu::FASTZOO_CPU_ISA
