@@ -51,6 +51,11 @@ def main(argv: list[str] | None = None) -> int:
         help="measure these sizes instead, e.g. n=4096 k=512 dim=32; prints, writes nothing",
     )
     parser.add_argument(
+        "--machine",
+        action="store_true",
+        help="no case: only what torch reaches on this machine, and fastzoo's overheads",
+    )
+    parser.add_argument(
         "--output", type=Path, help="folder of results and report (default: this repository's)"
     )
     parser.add_argument(
@@ -72,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     except ValueError as error:
         parser.error(str(error))
-    if not rows:
+    if arguments.machine:
+        rows = []
+    elif not rows:
         parser.error("no case has this name and takes these sizes")
 
     records = []
@@ -85,15 +92,16 @@ def main(argv: list[str] | None = None) -> int:
     for op in dict.fromkeys(record["op"] for record in records):
         print(f"{op}: {report.smallest_ratio(measured, op)}")
     if not shape:
-        whole = not (arguments.case or arguments.peers)
-        if whole:
+        part = arguments.case or arguments.peers or arguments.machine
+        if not part:
             measured["memory"] = {
                 curve.op: memory.measure(curve, arguments.device)
                 for curve in memory.CURVES
                 if arguments.op in (None, curve.op)
             }
+        if arguments.machine or not (part or arguments.op):
             measured.update(_of_the_machine(arguments.device, arguments.budget))
-        path = results.save(folder, measured, partial=not whole or arguments.op is not None)
+        path = results.save(folder, measured, partial=bool(part or arguments.op))
         print(f"wrote {path}")
         _write_report(folder, target)
     return int(any("error" in record and record["kind"] != "peer" for record in records))

@@ -26,15 +26,15 @@ class Implementation:
         kind: ``auto`` (what fastzoo runs by default), ``backend`` (another one of its own) or
             ``peer``.
         note: what a reader of its times has to know.
-        only_autocast: it runs without autocast where the others run with it, and is their measure;
-            elsewhere it would be one of them again.
+        autocast: whether it is for cases under autocast only, or for the others only; None for
+            all.
     """
 
     name: str
     operators: dict[str, Callable[..., Any]]
     kind: str = "peer"
     note: str | None = None
-    only_autocast: bool = False
+    autocast: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)

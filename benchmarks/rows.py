@@ -173,7 +173,7 @@ def select(
         for problem in _problems(spec, device, case, shape)
         for implementation in implementations(spec.name, device)
         if implementation.kind != "peer" or peers is None or implementation.name in peers
-        if problem.case.autocast or not implementation.only_autocast
+        if implementation.autocast in (None, problem.case.autocast is not None)
     ]
 
 

@@ -11,19 +11,22 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import machine, overhead, report, results
+from benchmarks import machine, memory, overhead, report, results
 from benchmarks.__main__ import main
-from benchmarks.expected import compare, vq_nearest
-from benchmarks.implementation import Implementation, Unavailable, require_memory
-from benchmarks.peers import PEERS
+from benchmarks.expected import compare, expected_loss, vq_nearest
+from benchmarks.implementation import Implementation, Loss, Unavailable, require_memory
+from benchmarks.peers import PEERS, partial_fc
 from benchmarks.rows import Problem, Row, measure_row, select
-from fastzoo import reference
-from fastzoo.testing import SPECS
+from fastzoo import ops, reference
+from fastzoo.testing import SPECS, deviation, loss_and_gradients
+from fastzoo.testing.losses import leaves, with_gradients
 from fastzoo.testing.nms import random_boxes
 from fastzoo.testing.vq import random_codes
 
 ROOT = Path(__file__).parent.parent
 BOXES = {"n": 60}
+FACES = {"n": 9, "classes": 40, "dim": 8}
+PAIRS = {"n": 12, "dim": 8}
 
 
 def _timed(case: str, implementation: str, kind: str, seconds: float) -> dict[str, Any]:
@@ -76,6 +79,170 @@ def test_a_wrong_answer_gets_no_time() -> None:
     assert measure_row(_row(lambda: right.flip(0), "peer"), budget=0.01)["equal"] == 1.0
 
 
+def _problem(op: str, shape: dict[str, int], number: int = 0) -> Problem:
+    return Problem(SPECS[op], SPECS[op].benchmarks[number], shape, "cpu")
+
+
+def _loss_row(problem: Problem, formula: Any, inputs: Any = leaves, **fields: Any) -> Row:
+    """A peer whose loss is ``formula`` of the problem's arguments."""
+    prepare = lambda *args, **_: Loss(lambda: formula(*args), inputs(args), **fields)  # noqa: E731
+    return Row(problem, Implementation("planted", {problem.spec.name: prepare}))
+
+
+class _WrongGradient(torch.autograd.Function):
+    """Forward nothing; backward doubles the last row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.clone()
+        grad[-1] *= 2
+        return grad
+
+
+@pytest.mark.parametrize(("op", "shape"), [("margin_softmax_loss", FACES), ("clip_loss", PAIRS)])
+def test_a_wrong_loss_or_gradient_gets_no_time(op: str, shape: dict[str, int]) -> None:
+    problem = _problem(op, shape)
+    eager = SPECS[op].eager
+    right = measure_row(_loss_row(problem, eager), budget=0.01)
+    assert right["deviation"] < 1e-5
+    assert right["seconds"] > 0
+
+    def wrong_gradient(x: Any, w: Any, y: Any) -> Any:
+        return eager(x, _WrongGradient.apply(w), y)
+
+    for formula in (
+        lambda *args: eager(*args) + 0.01,
+        lambda *args: eager(*args).detach() + 1.001 * (eager(*args) - eager(*args).detach()),
+        lambda *args: eager(*args) * torch.nan,
+        wrong_gradient,
+    ):
+        record = measure_row(_loss_row(_problem(op, shape), formula), budget=0.01)
+        assert "seconds" not in record
+        assert "wrong answer: off by" in record["error"]
+    swapped = _loss_row(problem, eager, arranged=lambda gradients: gradients[::-1])
+    assert "wrong answer" in measure_row(swapped, budget=0.01)["error"]
+
+
+def test_the_last_class_of_many_counts_as_much_as_a_label() -> None:
+    """Rows of labels are a thousand times as long as the others, and must not hide them."""
+    problem = _problem("margin_softmax_loss", {"n": 8, "classes": 3000, "dim": 8})
+    eager = SPECS["margin_softmax_loss"].eager
+    wrong = _loss_row(problem, lambda x, w, y: eager(x, _WrongGradient.apply(w), y))
+    assert "wrong answer" in measure_row(wrong, budget=0.01)["error"]
+
+
+@pytest.mark.parametrize("grad", ["exact", "insightface"])
+@pytest.mark.parametrize("margin", [ops.ArcFace(0.5), ops.Plain(), ops.CosFace()], ids=repr)
+def test_chunked_margin_softmax_is_the_definition(
+    margin: ops.Margin, grad: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.expected._CLASSES", 7)
+    args = _problem("margin_softmax_loss", {"n": 30, "classes": 41, "dim": 8}).args
+    wide = with_gradients(tuple(a.double() if a.is_floating_point() else a for a in args), (0, 1))
+
+    def loss() -> Any:
+        return reference.margin_softmax_loss(*wide, margin=margin, grad=grad)
+
+    right = loss_and_gradients(loss, leaves(wide))()
+    found = expected_loss("margin_softmax_loss", *args, margin=margin, grad=grad)
+    assert deviation(found, right) < 1e-6  # the weight's gradient is kept in float32
+
+
+def test_chunked_clip_loss_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.expected._ROWS", 5)
+    args = _problem("clip_loss", PAIRS).args
+    wide = with_gradients(tuple(a.double() for a in args), (0, 1, 2))
+    right = loss_and_gradients(lambda: reference.clip_loss(*wide), leaves(wide))()
+    assert deviation(expected_loss("clip_loss", *args), right) < 1e-12
+
+
+def test_autocast_is_for_whom_it_is() -> None:
+    case = next(
+        number
+        for number, case in enumerate(SPECS["margin_softmax_loss"].benchmarks)
+        if case.autocast == torch.bfloat16
+    )
+    problem = _problem("margin_softmax_loss", FACES, case)
+    dtypes = []
+
+    def formula(x: Any, w: Any, y: Any) -> Any:
+        dtypes.append(torch.nn.functional.linear(x, w).dtype)
+        return SPECS["margin_softmax_loss"].eager(x, w, y)
+
+    coarse = measure_row(_loss_row(problem, formula), budget=0.01)
+    assert set(dtypes) == {torch.bfloat16}
+    assert 1e-4 < coarse["deviation"] < problem.case.tolerance(*problem.args, **problem.case.kwargs)
+    dtypes.clear()
+    exact = measure_row(_loss_row(problem, formula, autocast=False), budget=0.01)
+    assert set(dtypes) == {torch.float32}
+    assert exact["deviation"] < 1e-5
+    rows = select("margin_softmax_loss", device="cpu")
+    plain = {r.implementation.name for r in rows if r.problem.case.autocast is None}
+    under = {r.implementation.name for r in rows if r.problem.case.autocast is not None}
+    assert under - plain == {"eager float32"}
+    assert "metric-learning" in plain - under
+
+
+def test_memory_leaves_gradients_out() -> None:
+    problem = _problem("margin_softmax_loss", {"n": 4, "classes": 100_000, "dim": 32})
+
+    def formula(x: Any, w: Any, y: Any) -> Any:
+        return (x.sum() + w.sum()) * 0 + x[0, 0]
+
+    row = _loss_row(problem, formula)
+    assert problem.gradient_bytes == 4 * 32 * (4 + 100_000)
+    assert row.extra_bytes(problem.gradient_bytes + 5) == 5
+    assert row.extra_bytes(0) == 0
+    problem.release()
+    assert not {"args", "right"} & set(vars(problem))
+
+
+def test_memory_curve(tmp_path: Path) -> None:
+    small = memory.Curve("margin_softmax_loss", "classes", (300, 3000), {"n": 4, "dim": 8})
+    found = memory.measure(small, "cpu")
+    assert found["fixed"] == {"n": 4, "dim": 8}
+    by_name = {(p["implementation"], p["size"]): p for p in found["points"]}
+    assert by_name["eager", 3000]["peak_bytes"] >= 0
+    measured = _report(_timed("1 box", "fastzoo cpu", "auto", 1.0))
+    measured["memory"] = {
+        "nms": {
+            **found,
+            "points": [
+                {"implementation": "fastzoo cpu", "size": 300, "peak_bytes": 5 << 20},
+                {"implementation": "fastzoo cpu", "size": 3000, "peak_bytes": 5 << 20},
+                {"implementation": "eager", "size": 300, "peak_bytes": 9 << 20},
+                {"implementation": "eager", "size": 3000, "reason": "it needs 99 GB"},
+            ],
+        }
+    }
+    results.save(tmp_path, measured, partial=False)
+    report.write(tmp_path, tmp_path / "benchmarks.md")
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "beyond inputs and gradients, n = 4, dim = 8" in text
+    assert "| classes | 300 | 3,000 |" in text
+    assert "| eager | 9.0 MiB | - |" in text
+    assert (tmp_path / "images" / "memory-cpu-nms.png").stat().st_size > 1000
+
+
+def test_partial_fc_head() -> None:
+    """At a rate of 1 the definition with insightface's gradient; below, that of its sample.
+
+    In many dimensions: it takes no care of angles that the margin moves past pi.
+    """
+    for rate in (1.0, 0.5):
+        problem = _problem("margin_softmax_loss", {**FACES, "dim": 128})
+        head = {"margin_softmax_loss": lambda *a, rate=rate, **k: partial_fc.head(rate, *a, **k)}
+        record = measure_row(Row(problem, Implementation("PartialFC", head)), budget=0.01)
+        assert record["deviation"] < 1e-5, record
+    index, places = partial_fc._sample(40, torch.tensor([39, 3, 3]), 0.2)
+    assert len(index) == 8
+    assert index[places].tolist() == [39, 3, 3]
+
+
 def test_a_red_check_prints_no_ratio(tmp_path: Path) -> None:
     own = _timed("1 box", "fastzoo cpu", "auto", 1e-3)
     peer = _timed("1 box", "eager", "peer", 2e-3)
@@ -91,6 +258,16 @@ def test_a_red_check_prints_no_ratio(tmp_path: Path) -> None:
     assert "No ratio" in text
     assert red["error"] in text
     assert not (tmp_path / "images").exists()
+
+
+def test_report_of_a_loss(tmp_path: Path) -> None:
+    own = {**_timed("9 faces", "fastzoo cpu", "auto", 1e-3), "deviation": 2e-6}
+    peer = {**_timed("9 faces", "core", "peer", 4e-3), "deviation": 1e-5, "note": "has no margin"}
+    results.save(tmp_path, _report(own, peer), partial=False)
+    report.write(tmp_path, tmp_path / "benchmarks.md")
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "| 9 faces | 2e-06 | 1e-05 |" in text
+    assert "- core: has no margin" in text
 
 
 def test_report_of_several_machines(tmp_path: Path) -> None:
@@ -178,7 +355,12 @@ def test_shares() -> None:
 def test_every_peer_answers_or_says_why() -> None:
     # Without the two that compile for a while.
     names = {peer.name for peer in PEERS} - {"scalar loop", "torch.compile"}
-    shapes = {"nms": BOXES, "vq_nearest": {"n": 20, "k": 30, "dim": 4}}
+    shapes = {
+        "nms": BOXES,
+        "vq_nearest": {"n": 20, "k": 30, "dim": 4},
+        "margin_softmax_loss": FACES,
+        "clip_loss": PAIRS,
+    }
     for op, shape in shapes.items():
         for row in select(op, device="cpu", shape=shape, peers=names):
             record = measure_row(row, budget=0.001)
@@ -196,7 +378,7 @@ def test_failures_become_reasons_and_errors() -> None:
     assert measure_row(_row(refuse, "peer"))["reason"] == "no such thing"
     assert measure_row(_row(fail, "peer"))["error"] == "RuntimeError: broken"
     with pytest.raises(Unavailable, match=r"needs 9000\.0 GB"):
-        require_memory(9e12, torch.device("cpu"))
+        require_memory(9e12, "cpu")
 
 
 def test_selection() -> None:
@@ -227,7 +409,9 @@ def test_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["public"] > 0 < found["bare"]
 
 
-def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = ["--op", "nms", "--case", "1 box", "--peers", "eager", "--budget", "0.05"]
     assert main([*chosen, "--device", "cpu", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
@@ -238,6 +422,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (tmp_path / "benchmarks.md").unlink()
     assert main(["--report-only", "--output", str(tmp_path)]) == 0
     assert (tmp_path / "benchmarks.md").exists()
+    found = {"ceilings": {"matmul_float32": 1, "matmul_bfloat16": 1, "copy": 1}}
+    monkeypatch.setattr("benchmarks.__main__._of_the_machine", lambda *_: found)
+    assert main(["--machine", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    again = json.loads(path.read_text())
+    assert again["rows"] == written["rows"]
+    assert again["ceilings"] == found["ceilings"]
     shape = ["--op", "nms", "--shape", "n=7", "--peers", "eager", "--device", "cpu"]
     assert main([*shape, "--budget", "0.01", "--output", str(tmp_path / "none")]) == 0
     assert not (tmp_path / "none").exists()

@@ -52,6 +52,9 @@ NEEDED = {
     "triton": "3.6",
 }
 
+# The operators with benchmark cases, a step each.
+MEASURED = ("nms", "vq_nearest", "margin_softmax_loss", "clip_loss")
+
 SHOW_INFO = """
 import sys, fastzoo
 info = fastzoo.info()
@@ -65,11 +68,26 @@ import sys, torch, fastzoo
 boxes = torch.rand(700, 4, device="cuda").cumsum(1)
 scores = torch.rand(700, device="cuda")
 x, codebook = torch.randn(300, 33, device="cuda"), torch.randn(500, 33, device="cuda")
+labels = torch.randint(500, (300,), device="cuda")
+arcface = {"margin": fastzoo.ops.ArcFace(0.5), "scale": 8.0}
+leaves = x.clone().requires_grad_(), codebook.clone().requires_grad_()
 for backend in sys.argv[1:]:
     kept = fastzoo.ops.nms(boxes, scores, 0.5, backend=backend)
     assert torch.equal(kept.cpu(), fastzoo.reference.nms(boxes.cpu(), scores.cpu(), 0.5))
     found = fastzoo.ops.vq_nearest(x, codebook, backend=backend)
     assert torch.equal(found.cpu(), fastzoo.reference.vq_nearest(x.cpu(), codebook.cpu()))
+    for loss, right in (
+        (
+            fastzoo.ops.margin_softmax_loss(*leaves, labels, **arcface, backend=backend),
+            fastzoo.reference.margin_softmax_loss(x, codebook, labels, **arcface),
+        ),
+        (
+            fastzoo.ops.clip_loss(leaves[0], leaves[1][:300], 0.1, backend=backend),
+            fastzoo.reference.clip_loss(x, codebook[:300], 0.1),
+        ),
+    ):
+        torch.testing.assert_close(loss, right, rtol=1e-4, atol=0)
+        loss.backward()
     print("ran", backend)
 torch.cuda.synchronize()
 """
@@ -307,7 +325,9 @@ def test_steps(line: Line) -> Iterator[Step]:
 
 
 def bench_steps(line: Line) -> Iterator[Step]:
-    yield Step("all", command(sys.executable, "-m", "benchmarks"))
+    for op in MEASURED:
+        yield Step(op, command(sys.executable, "-m", "benchmarks", "--op", op))
+    yield Step("machine", command(sys.executable, "-m", "benchmarks", "--machine"))
 
 
 def sanitize_steps(line: Line) -> Iterator[Step]:

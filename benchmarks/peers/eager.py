@@ -8,19 +8,22 @@ from fastzoo.testing import SPECS, OpSpec
 from fastzoo.testing.losses import leaves
 
 
-def _prepare(spec: OpSpec, autocast: bool, *args: Any, **_: Any) -> Any:
+def _prepare(spec: OpSpec, *args: Any, **_: Any) -> Any:
     require_memory(spec.eager_bytes(*args), args[0].device.type)
     formula = functools.partial(spec.eager, *args)
     wanted = leaves(args)
-    return Loss(formula, wanted, autocast=autocast) if wanted else formula
+    return Loss(formula, wanted) if wanted else formula
 
 
-def _implementation(name: str, autocast: bool, **fields: Any) -> Implementation:
-    operators = {op: functools.partial(_prepare, spec, autocast) for op, spec in SPECS.items()}
-    return Implementation(name, operators, **fields)
+def _without_autocast(spec: OpSpec, *args: Any, **_: Any) -> Loss:
+    require_memory(spec.eager_bytes(*args), args[0].device.type)
+    return Loss(functools.partial(spec.eager, *args), leaves(args), autocast=False)
 
 
-PEER = _implementation("eager", True)
-FLOAT32 = _implementation(
-    "eager float32", False, note="the same formula without autocast", only_autocast=True
+PEER = Implementation("eager", {op: functools.partial(_prepare, s) for op, s in SPECS.items()})
+FLOAT32 = Implementation(
+    "eager float32",
+    {op: functools.partial(_without_autocast, spec) for op, spec in SPECS.items()},
+    note="the same formula without autocast",
+    autocast=True,
 )

@@ -23,5 +23,8 @@ def _margin_softmax_loss(x: Tensor, w: Tensor, y: Tensor, **_: Any) -> Loss:
 
 
 PEER = Implementation(
-    "linear_cross_entropy", {"margin_softmax_loss": _margin_softmax_loss}, note="has no margin"
+    "linear_cross_entropy",
+    {"margin_softmax_loss": _margin_softmax_loss},
+    note="has no margin",
+    autocast=False,
 )

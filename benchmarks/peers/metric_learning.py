@@ -25,4 +25,6 @@ def _margin_softmax_loss(x: Tensor, w: Tensor, y: Tensor, *, margin: ops.Margin)
     )
 
 
-PEER = Implementation("metric-learning", {"margin_softmax_loss": _margin_softmax_loss})
+PEER = Implementation(
+    "metric-learning", {"margin_softmax_loss": _margin_softmax_loss}, autocast=False
+)

@@ -16,7 +16,7 @@ import torch
 # Larger than any cache we time on, so that a call does not find its inputs in it.
 _FLUSH_BYTES = 256 << 20
 _TURNS = 10
-_SLOW_REPEATS = 3
+_SLOW_REPEATS = 2
 _CPU_MEMORY = 4e9
 
 
@@ -41,8 +41,8 @@ def measure_together(
     """Time calls that are to be compared, turn by turn, so that a busy machine slows them all.
 
     Each is called until it has had ``budget`` seconds, at least 5 times after two warm-ups; one
-    that alone exceeds the budget is timed three times, the cold one among them. On a GPU device
-    events time each call, with the L2 cache flushed between calls.
+    that alone exceeds the budget is timed twice. On a GPU device events time each call, with the
+    L2 cache flushed between calls.
     """
     once = _time_cuda if device == "cuda" else _time_cpu
     times = [[once(call)] for call in calls]

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastzoo import _native
+from fastzoo.testing import SPECS
 from tests.conftest import DEVICE, ROOT
 
 TOOL = ROOT / "tools" / "gpu.py"
@@ -96,6 +97,11 @@ def test_stages_run_in_order_whatever_order_is_asked(script: Script) -> None:
     assert script.ran == EVERYTHING
     assert script.run("--fresh", "bench", "test") == 0
     assert script.ran == ["test.one", "test.two", "bench.one", "bench.two"]
+
+
+def test_every_operator_that_has_cases_is_measured(gpu: ModuleType) -> None:
+    assert set(gpu.MEASURED) == {name for name, spec in SPECS.items() if spec.benchmarks}
+    assert [step.name for step in gpu.bench_steps(print)] == [*gpu.MEASURED, "machine"]
 
 
 def test_an_unknown_stage_is_refused(script: Script, capsys: pytest.CaptureFixture[str]) -> None:

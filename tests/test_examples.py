@@ -1,0 +1,65 @@
+"""The examples, in short."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+from examples import face_margin
+from fastzoo import ops
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small convolutions on a busy machine: a second thread mostly waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_training_through_the_fused_loss_follows_the_definition() -> None:
+    known, _ = face_margin.identities()
+    _, right = face_margin.train(face_margin.definition, known, steps=40)
+    _, curve = face_margin.train(face_margin.fused(), known, steps=40)
+    assert right[-1] < right[0] - 2
+    assert face_margin.largest_difference(curve, right)[-1] <= face_margin.ALLOWED
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_wrong_gradient_leaves_the_curve() -> None:
+    def inexact(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        options = {"margin": face_margin.MARGIN, "scale": face_margin.SCALE}
+        result = ops.margin_softmax_loss(x, w, y, **options, grad="insightface")
+        assert isinstance(result, torch.Tensor)
+        return result
+
+    known, _ = face_margin.identities()
+    _, right = face_margin.train(face_margin.definition, known, steps=5)
+    _, curve = face_margin.train(inexact, known, steps=5)
+    difference = face_margin.largest_difference(curve, right)
+    assert difference[0] <= face_margin.ALLOWED
+    assert difference[-1] > 10 * face_margin.ALLOWED
+
+
+def test_verification_of_perfect_and_of_chance_embeddings() -> None:
+    _, unknown = face_margin.identities()
+    owner = torch.arange(face_margin.TESTED).repeat(face_margin.VIEWS)
+
+    class Told(torch.nn.Module):
+        def __init__(self, table: torch.Tensor) -> None:
+            super().__init__()
+            self.table = table
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.table[: len(images)]
+
+    by_owner = torch.eye(face_margin.TESTED)[owner]
+    assert face_margin.verify(Told(by_owner), unknown) == (1.0, 1.0)
+    chance = torch.randn(len(owner), 64, generator=torch.Generator().manual_seed(0))
+    area, found = face_margin.verify(Told(chance), unknown)
+    assert abs(area - 0.5) < 0.03
+    assert found < 0.03
