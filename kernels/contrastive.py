@@ -57,7 +57,8 @@ def _forward_kernel(
     dtype = scale.dtype.element_ty
     split = tl.program_id(1).to(tl.int64)
     row_tile = tl.program_id(0).to(tl.int64)
-    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = row_tile * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
     inside = row < rows
     s, b = tl.load(scale), tl.load(bias)
     best = tl.full((BLOCK_M,), float("-inf"), dtype)
@@ -68,11 +69,11 @@ def _forward_kernel(
         column = start + tl.arange(0, BLOCK_N).to(tl.int64)
         exists = column < columns
         dots = score_tile(
-            queries,
-            row,
+            queries + first_row * dims,
+            dims,
             inside,
-            keys,
-            column,
+            keys + start * dims,
+            dims,
             exists,
             dims,
             dtype,
@@ -85,7 +86,8 @@ def _forward_kernel(
         z = s * dots + b
         counts = inside[:, None] & exists[None, :]
         if EXCLUDE_SELF:
-            counts = counts & (row[:, None] != column[None, :])
+            itself = (row - start).to(tl.int32)
+            counts = counts & (itself[:, None] != tl.arange(0, BLOCK_N)[None, :])
         if SIGMOID:
             total += tl.sum(tl.where(counts, _softplus(z), 0.0), axis=1)
         else:
@@ -136,17 +138,19 @@ def _gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     dtype = scale.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
     inside = row < rows
     tile = tl.program_id(1).to(tl.int64)
-    column = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = first + tile * BLOCK_N
+    column = start + tl.arange(0, BLOCK_N)
     exists = column < last
     dots = score_tile(
-        queries,
-        row,
+        queries + first_row * dims,
+        dims,
         inside,
-        keys,
-        column,
+        keys + start * dims,
+        dims,
         exists,
         dims,
         dtype,
@@ -160,8 +164,9 @@ def _gradient_kernel(
     z = s * dots + tl.load(bias)
     counts = inside[:, None] & exists[None, :]
     there = counts
+    place = tl.arange(0, BLOCK_N)[None, :]
     if EXCLUDE_SELF:
-        counts = counts & (row[:, None] != column[None, :])
+        counts = counts & ((row - start).to(tl.int32)[:, None] != place)
     by_row = tl.load(grad_row + row, mask=inside, other=0.0)[:, None]
     if SIGMOID:
         small = tl.exp(-tl.abs(z))
@@ -175,10 +180,12 @@ def _gradient_kernel(
             dz += by_column * tl.exp(tl.where(counts, z - above, float("-inf")))
     dz = tl.where(counts, dz, 0.0)
     positive = tl.load(positives + row, mask=inside, other=-1)
-    own = positive[:, None] == column[None, :]
+    own = (positive - start).to(tl.int32)[:, None] == place
     own_grad = tl.load(grad_positive + row, mask=inside, other=0.0)[:, None]
     dz += tl.where(own & exists[None, :], own_grad, 0.0)
-    at = v + row[:, None] * (last - first) + (column - first)[None, :]
+    width = last - first
+    at = v + first_row * width + tile * BLOCK_N
+    at += tl.arange(0, BLOCK_M)[:, None] * width + place
     tl.store(at, (s * dz).to(v.dtype.element_ty), mask=there)
     tl.store(scale_sums + tile * rows + row, tl.sum(dz * dots, axis=1), mask=inside)
     tl.store(bias_sums + tile * rows + row, tl.sum(dz, axis=1), mask=inside)
@@ -309,4 +316,63 @@ def contrastive_backward(
 
 
 def compile_cases(generation: int) -> list[CompileCase]:
-    return []
+    machine = known(generation)
+    cases = []
+    for name, stored, kind, instruction in score_tiles.COMPILED_TYPES:
+        computed = "*fp64" if stored == "fp64" else "*fp32"
+        tile = TILES[machine][kind]
+        options = score_tiles.launch_options(tile, kind, machine)
+        blocks = {key: options.pop(key) for key in score_tiles.LAUNCH_CONSTANTS}
+        operands = {
+            "queries": f"*{stored}",
+            "keys": f"*{stored}",
+            "scale": computed,
+            "bias": computed,
+            **dict.fromkeys(("rows", "columns", "dims"), "i32"),
+        }
+        gradient = {
+            "positives": "*i64",
+            **dict.fromkeys(("grad_positive", "grad_row", "scale_sums", "bias_sums"), computed),
+            "v": f"*{score_tiles.short_name(kind)}",
+            "first": "i32",
+            "last": "i32",
+        }
+        for variant, flags, forward, backward in (
+            (
+                "columns",
+                {"COLUMNS": True},
+                ("row_highest", "row_sums", "column_highest", "column_sums"),
+                ("row_lse", "grad_column", "column_lse"),
+            ),
+            ("self", {"EXCLUDE_SELF": True}, ("row_highest", "row_sums"), ("row_lse",)),
+            ("sigmoid", {"SIGMOID": True}, ("row_sums",), ()),
+        ):
+            if variant != "columns" and kind != torch.bfloat16:
+                continue
+            off = dict.fromkeys(("EXCLUDE_SELF", "COLUMNS", "SIGMOID"), False)
+            for kernel, part, types in (
+                (
+                    _forward_kernel,
+                    "forward",
+                    {**operands, "tiles": "i32", **dict.fromkeys(forward, computed)},
+                ),
+                (
+                    _gradient_kernel,
+                    "gradient",
+                    {**operands, **gradient, **dict.fromkeys(backward, computed)},
+                ),
+            ):
+                cases.append(
+                    CompileCase(
+                        name=f"{part}-{variant}-{name}",
+                        kernel=kernel,
+                        types=types,
+                        constants={**off, **flags, **blocks},
+                        options=options,
+                        multiples=("dims",),
+                        vector_loads=True,
+                        fused=True,
+                        instructions=instruction,
+                    )
+                )
+    return cases

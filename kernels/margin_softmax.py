@@ -52,15 +52,15 @@ PROBABILITIES, KEPT_COPY, SCORE_GRADIENTS = (tl.constexpr(i) for i in range(3))
 @triton.jit
 def _class_scores(
     x,
-    row,
+    first_row,
     inside,
     x_inverse,
     weight,
-    column,
+    first_class,
     exists,
     w_inverse,
     dims,
-    sub_centers,
+    K: tl.constexpr,
     SUM: tl.constexpr,
     PRODUCT: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -69,16 +69,21 @@ def _class_scores(
     BLOCK_D: tl.constexpr,
 ):
     """u of a tile of rows and classes, and which sub-centre has it: the first of equal ones."""
+    winner = tl.zeros((BLOCK_M, BLOCK_N), tl.int8)
+    stride = K * dims
+    x += first_row * dims
+    weight += first_class * stride
+    row = first_row + tl.arange(0, BLOCK_M)
+    at = (first_class + tl.arange(0, BLOCK_N)) * K
     best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), SUM)
-    winner = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for j in range(sub_centers):
-        at = column * sub_centers + j
+    winner = tl.zeros((BLOCK_M, BLOCK_N), tl.int8)
+    for j in tl.static_range(K):
         dots = score_tile(
             x,
-            row,
+            dims,
             inside,
-            weight,
-            at,
+            weight + j * dims,
+            stride,
             exists,
             dims,
             SUM,
@@ -88,10 +93,13 @@ def _class_scores(
             BLOCK_N,
             BLOCK_D,
         )
-        u = dots * tl.load(w_inverse + at, mask=exists, other=0.0)[None, :]
-        better = (u > best) | (j == 0)
-        best = tl.where(better, u, best)
-        winner = tl.where(better, j, winner)
+        u = dots * tl.load(w_inverse + at + j, mask=exists, other=0.0)[None, :]
+        if j == 0:
+            best = u
+        else:
+            better = u > best
+            best = tl.where(better, u, best)
+            winner = tl.where(better, j, winner).to(tl.int8)
     return best * tl.load(x_inverse + row, mask=inside, other=0.0)[:, None], winner
 
 
@@ -112,10 +120,10 @@ def _negative(u, row, inside, threshold, hardness, interclass_filter, HARD: tl.c
 @triton.jit(do_not_specialize=["rows", "classes", "tiles"])
 def _forward_kernel(
     x,  # [rows, dims]
-    weight,  # [classes * sub_centers, dims]
+    weight,  # [classes * K, dims]
     labels,  # [rows]
     x_inverse,  # [rows]
-    w_inverse,  # [classes * sub_centers]
+    w_inverse,  # [classes * K]
     scale,  # [rows]
     threshold,  # [rows], if HARD
     hardness,  # [1], if HARD
@@ -129,9 +137,9 @@ def _forward_kernel(
     rows,
     classes,
     dims,
-    sub_centers,
     tiles,  # of classes, a split
     interclass_filter,
+    K: tl.constexpr,  # sub-centres
     HARD: tl.constexpr,
     WEIGHTED: tl.constexpr,
     TOTAL: tl.constexpr,
@@ -145,7 +153,8 @@ def _forward_kernel(
 ):
     dtype = scale.dtype.element_ty
     split = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
     inside = row < rows
     label = tl.load(labels + row, mask=inside, other=-1)
     s = tl.load(scale + row, mask=inside, other=0.0)[:, None]
@@ -159,15 +168,15 @@ def _forward_kernel(
         exists = column < classes
         u, _ = _class_scores(
             x,
-            row,
+            first_row,
             inside,
             x_inverse,
             weight,
-            column,
+            start,
             exists,
             w_inverse,
             dims,
-            sub_centers,
+            K,
             dtype,
             PRODUCT,
             OPERAND,
@@ -175,12 +184,14 @@ def _forward_kernel(
             BLOCK_N,
             BLOCK_D,
         )
-        own = column[None, :] == label[:, None]
+        own = tl.arange(0, BLOCK_N)[None, :] == (label - start).to(tl.int32)[:, None]
         value, _ = _negative(u, row, inside, threshold, hardness, interclass_filter, HARD)
         if SCORES:
             there = inside[:, None] & exists[None, :]
             z = s * tl.where(own, u, value)
-            tl.store(scores + row[:, None] * classes + column[None, :], z, mask=there)
+            at = scores + first_row * classes + start
+            at += tl.arange(0, BLOCK_M)[:, None] * classes + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(at, z, mask=there)
         else:
             z = s * value
             counts = exists[None, :] & ~own
@@ -197,7 +208,8 @@ def _forward_kernel(
             total = total * tl.exp(best - reference) + tl.sum(exponentials, axis=1)
             best = higher
             if KEEP:
-                at = kept + column[None, :] * rows + row[:, None]
+                at = kept + start * rows + first_row
+                at += tl.arange(0, BLOCK_N)[None, :] * rows + tl.arange(0, BLOCK_M)[:, None]
                 there = inside[:, None] & exists[None, :]
                 tl.store(at, exponentials.to(tl.bfloat16), mask=there)
                 for block in tl.static_range(BLOCK_N // 64):
@@ -215,11 +227,11 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["rows", "classes", "first", "last"])
 def _gradient_kernel(
     x,  # [rows, dims]
-    weight,  # [classes * sub_centers, dims]
+    weight,  # [classes * K, dims]
     labels,  # [rows]
     target_row,  # [rows]: of weight, that has the target's score; -1 for none
     x_inverse,  # [rows]
-    w_inverse,  # [classes * sub_centers]
+    w_inverse,  # [classes * K]
     scale,  # [rows]
     threshold,  # [rows], if HARD
     hardness,  # [1], if HARD
@@ -227,24 +239,23 @@ def _gradient_kernel(
     grad_target,  # [rows]
     grad_lse,  # [rows], unless from SCORE_GRADIENTS
     grad_total,  # [rows], unless from SCORE_GRADIENTS
-    grad_weight_norm,  # [rows]
     lse,  # [rows], unless from SCORE_GRADIENTS
     kept,  # [classes, rows], from KEPT_COPY
     kept_max,  # [blocks, rows], from KEPT_COPY
     grad_scores,  # [rows, classes], from SCORE_GRADIENTS
-    v,  # [rows, (last - first) * sub_centers], written
-    norm_sums,  # [row tiles, (last - first) * sub_centers], written: of grad_weight_norm
-    scale_sums,  # [class tiles, rows], written
+    v,  # [rows, (last - first) * K], written
+    scale_sums,  # [class tiles, rows], written if SCALE
     rows,
     classes,
     dims,
-    sub_centers,
     first,  # class of v
     last,
     interclass_filter,
+    K: tl.constexpr,  # sub-centres
     HARD: tl.constexpr,
     WEIGHTED: tl.constexpr,
     FROM: tl.constexpr,
+    SCALE: tl.constexpr,
     PRODUCT: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -252,22 +263,28 @@ def _gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     dtype = scale.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    row = first_row + tl.arange(0, BLOCK_M)
     inside = row < rows
     tile = tl.program_id(1).to(tl.int64)
-    column = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = first + tile * BLOCK_N
+    column = start + tl.arange(0, BLOCK_N)
     exists = column < last
     label = tl.load(labels + row, mask=inside, other=-1)
-    own = column[None, :] == label[:, None]
+    own = tl.arange(0, BLOCK_N)[None, :] == (label - start).to(tl.int32)[:, None]
     counts = exists[None, :] & ~own & inside[:, None]
     s = tl.load(scale + row, mask=inside, other=0.0)[:, None]
     x_inv = tl.load(x_inverse + row, mask=inside, other=0.0)[:, None]
 
-    winner = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    winner = tl.zeros((BLOCK_M, BLOCK_N), tl.int8)
     if FROM == KEPT_COPY:
-        e = tl.load(kept + column[None, :] * rows + row[:, None], mask=counts, other=0.0)
-        block = column // 64
-        reference = tl.load(kept_max + block[None, :] * rows + row[:, None], mask=counts, other=0.0)
+        lanes = tl.arange(0, BLOCK_M)[:, None]
+        at = kept + start * rows + first_row
+        at += tl.arange(0, BLOCK_N)[None, :] * rows + lanes
+        e = tl.load(at, mask=counts, other=0.0)
+        at_block = kept_max + start // 64 * rows + first_row
+        at_block += tl.arange(0, BLOCK_N)[None, :] // 64 * rows + lanes
+        reference = tl.load(at_block, mask=counts, other=0.0)
         above = tl.load(lse + row, mask=inside, other=0.0)[:, None]
         p = e.to(dtype) * tl.exp(reference - finite(above))
         dz = tl.load(grad_lse + row, mask=inside, other=0.0)[:, None] * p
@@ -276,15 +293,15 @@ def _gradient_kernel(
     else:
         u, winner = _class_scores(
             x,
-            row,
+            first_row,
             inside,
             x_inverse,
             weight,
-            column,
+            start,
             exists,
             w_inverse,
             dims,
-            sub_centers,
+            K,
             dtype,
             PRODUCT,
             OPERAND,
@@ -294,7 +311,8 @@ def _gradient_kernel(
         )
         value, slope = _negative(u, row, inside, threshold, hardness, interclass_filter, HARD)
         if FROM == SCORE_GRADIENTS:
-            at = grad_scores + row[:, None] * classes + column[None, :]
+            at = grad_scores + first_row * classes + start
+            at += tl.arange(0, BLOCK_M)[:, None] * classes + tl.arange(0, BLOCK_N)[None, :]
             dz = tl.load(at, mask=counts, other=0.0)
         else:
             by_lse = tl.load(grad_lse + row, mask=inside, other=0.0)[:, None]
@@ -308,23 +326,22 @@ def _gradient_kernel(
             else:
                 dz += by_total
     dz = tl.where(counts, dz, 0.0)
-    tl.store(scale_sums + tile * rows + row, tl.sum(dz * value, axis=1), mask=inside)
+    if SCALE:
+        tl.store(scale_sums + tile * rows + row, tl.sum(dz * value, axis=1), mask=inside)
 
     du = dz * s * slope
     by_target = tl.load(grad_target + row, mask=inside, other=0.0)[:, None]
-    by_norm = tl.load(grad_weight_norm + row, mask=inside, other=0.0)[:, None]
-    target = tl.load(target_row + row, mask=inside, other=-1)
-    width = (last - first) * sub_centers
-    for j in range(sub_centers):
-        at = column * sub_centers + j
-        hit = at[None, :] == target[:, None]
-        w_inv = tl.load(w_inverse + at, mask=exists, other=0.0)[None, :]
-        d = tl.where(hit, by_target, tl.where(winner == j, du, 0.0)) * x_inv * w_inv
-        place = at - first * sub_centers
-        there = inside[:, None] & exists[None, :]
-        tl.store(v + row[:, None] * width + place[None, :], d.to(v.dtype.element_ty), mask=there)
-        norm_sum = tl.sum(tl.where(hit, by_norm, 0.0), axis=0)
-        tl.store(norm_sums + tl.program_id(0).to(tl.int64) * width + place, norm_sum, mask=exists)
+    target = (tl.load(target_row + row, mask=inside, other=-1) - start * K).to(tl.int32)[:, None]
+    width = (last - first) * K
+    there = inside[:, None] & exists[None, :]
+    place = tl.arange(0, BLOCK_N)[None, :] * K
+    to = v + first_row * width + tile * BLOCK_N * K
+    to += tl.arange(0, BLOCK_M)[:, None] * width + place
+    for j in tl.static_range(K):
+        w_inv = tl.load(w_inverse + column * K + j, mask=exists, other=0.0)[None, :]
+        wins = du if K == 1 else tl.where(winner == j, du, 0.0)
+        d = tl.where(place + j == target, by_target, wins) * x_inv * w_inv
+        tl.store(to + j, d.to(v.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -466,8 +483,8 @@ class _Operands(NamedTuple):
             "rows": self.x.shape[0],
             "classes": self.classes,
             "dims": self.x.shape[1],
-            "sub_centers": self.sub_centers,
             "interclass_filter": self.interclass_filter,
+            "K": self.sub_centers,
             "HARD": self.threshold is not None,
         }
 
@@ -688,7 +705,6 @@ def margin_softmax_negatives_backward(
             "grad_target": grad_target.contiguous(),
             "grad_lse": grad_lse.contiguous(),
             "grad_total": grad_total.contiguous(),
-            "grad_weight_norm": grad_weight_norm.contiguous(),
             "class_weight": class_weight.contiguous() if class_weight.numel() else None,
             "lse": lse.contiguous(),
             "kept": kept if has_copy else None,
@@ -697,7 +713,7 @@ def margin_softmax_negatives_backward(
             "WEIGHTED": class_weight.numel() > 0,
             "FROM": KEPT_COPY if has_copy else PROBABILITIES,
         },
-        grad_embedding_norm,
+        (grad_embedding_norm, grad_weight_norm),
         (normalize_embeddings, normalize_weight),
         (needs_embeddings, needs_weight, needs_scale),
         embeddings,
@@ -743,7 +759,6 @@ def margin_softmax_scores_backward(
             "grad_target": grad_target.contiguous(),
             "grad_lse": None,
             "grad_total": None,
-            "grad_weight_norm": grad_weight_norm.contiguous(),
             "class_weight": None,
             "lse": None,
             "kept": None,
@@ -752,14 +767,14 @@ def margin_softmax_scores_backward(
             "WEIGHTED": False,
             "FROM": SCORE_GRADIENTS,
         },
-        grad_embedding_norm,
+        (grad_embedding_norm, grad_weight_norm),
         (normalize_embeddings, normalize_weight),
         (needs_embeddings, needs_weight, needs_scale),
         embeddings,
     )
 
 
-def _gradients(operands, sources, grad_embedding_norm, normalized, needs, embeddings):
+def _gradients(operands, sources, grad_norms, normalized, needs, embeddings):
     x, weight, scale = operands.x, operands.weight, operands.scale
     (n, dims), classes, k = x.shape, operands.classes, operands.sub_centers
     needs_x, needs_w, needs_scale = needs
@@ -774,21 +789,25 @@ def _gradients(operands, sources, grad_embedding_norm, normalized, needs, embedd
     size = operands.product.itemsize
     at_a_time = score_tiles.columns_at_a_time(tile, machine, n, k, size)
     rounded = x.to(operands.product)
+    # What the gradient of a target's norm adds along its weight: sorted, so deterministic.
+    by_norm = scale.new_zeros(weight.shape[0])
+    known_row = operands.target_row.clamp(min=0)
+    part = torch.where(operands.target_row < 0, 0, grad_norms[1] * _inverse(operands.target_norm))
+    by_norm.index_put_((known_row,), part, accumulate=True)
     for first in range(0, classes, at_a_time):
         last = min(first + at_a_time, classes)
         width, row_tiles = (last - first) * k, triton.cdiv(n, tile.rows)
         v = torch.empty(n, width, dtype=operands.product, device=x.device)
-        norm_sums = scale.new_empty(row_tiles, width)
         class_tiles = triton.cdiv(last - first, tile.columns)
-        scale_sums = scale.new_empty(class_tiles, n)
+        scale_sums = scale.new_empty(class_tiles, n) if needs_scale else None
         with on_device_of(x):
             _gradient_kernel[(row_tiles, class_tiles)](
                 **operands.common(),
                 **sources,
                 target_row=operands.target_row,
                 v=v,
-                norm_sums=norm_sums,
                 scale_sums=scale_sums,
+                SCALE=needs_scale,
                 first=first,
                 last=last,
                 **score_tiles.launch_options(tile, operands.product, machine),
@@ -799,14 +818,10 @@ def _gradients(operands, sources, grad_embedding_norm, normalized, needs, embedd
         if needs_w:
             grad = score_tiles.product(v.t(), rounded)
             values = part.to(grad.dtype)
-            inverse = operands.w_inverse[first * k : last * k]
+            along = by_norm[first * k : last * k]
             if normalized[1]:
-                along = -(grad * values).sum(1) * inverse * inverse
-            else:
-                # A norm that nothing else needs: |w| of the target alone.
-                inverse = _inverse(torch.linalg.vector_norm(values, dim=1))
-                along = torch.zeros_like(inverse)
-            along += norm_sums.sum(0) * inverse
+                inverse = operands.w_inverse[first * k : last * k]
+                along = along - (grad * values).sum(1) * inverse * inverse
             grad_w[first * k : last * k] = torch.addcmul(grad, along[:, None], values)
         if needs_scale:
             grad_scale += scale_sums.sum(0)
@@ -814,7 +829,7 @@ def _gradients(operands, sources, grad_embedding_norm, normalized, needs, embedd
         grad_x = embeddings.new_empty(0)
     else:
         values, inverse = x.to(grad_x.dtype), _inverse(operands.x_norm)
-        along = grad_embedding_norm * inverse
+        along = grad_norms[0] * inverse
         if normalized[0]:
             along = along - (grad_x * values).sum(1) * inverse * inverse
         grad_x = torch.addcmul(grad_x, along[:, None], values).to(embeddings.dtype)
@@ -852,4 +867,109 @@ def _launch_target(grad, cosine, m1, m2, m3, rule, value, grads) -> None:
 
 
 def compile_cases(generation: int) -> list[CompileCase]:
-    return []
+    machine = known(generation)
+    cases = []
+    gradients = ("grad", "grad_cosine", "grad_m1", "grad_m2", "grad_m3")
+    for rule, gradient in ((rule, rule in ("shift", "combined", "clip")) for rule in RULES):
+        pointers = ("cosine", "m1", "m2", *(gradients if gradient else ("m3", "value")))
+        cases.append(
+            CompileCase(
+                name=f"{rule}-gradient" if gradient else rule,
+                kernel=_target_kernel,
+                types={**dict.fromkeys(pointers, "*fp32"), "rows": "i32"},
+                constants={"RULE": RULES[rule], "GRADIENT": gradient, "BLOCK": TARGET_BLOCK},
+                options=FUSED,
+                fused=True,
+                # A double's sine reduces large angles by a table on the stack.
+                stack=rule not in ("shift",),
+            )
+        )
+    for name, stored, kind, instruction in score_tiles.COMPILED_TYPES:
+        computed = "*fp64" if stored == "fp64" else "*fp32"
+        tile = TILES[machine][kind]
+        options = score_tiles.launch_options(tile, kind, machine)
+        blocks = {key: options.pop(key) for key in score_tiles.LAUNCH_CONSTANTS}
+        operands = {
+            "x": f"*{stored}",
+            "weight": f"*{stored}",
+            "labels": "*i64",
+            **dict.fromkeys(("x_inverse", "w_inverse", "scale"), computed),
+            **dict.fromkeys(("rows", "classes", "dims"), "i32"),
+            "interclass_filter": "fp32",
+        }
+        hard = dict.fromkeys(("threshold", "hardness"), computed)
+        forward = dict.fromkeys(("highest", "sums"), computed)
+        kept = {"kept": "*bf16", "kept_max": computed}
+        weighted = dict.fromkeys(("totals", "class_weight"), computed)
+        for variant, types, flags in (
+            ("plain", forward, {}),
+            ("kept", {**forward, **kept}, {"KEEP": True}),
+            (
+                "everything",
+                {**forward, **hard, **weighted},
+                {"HARD": True, "WEIGHTED": True, "TOTAL": True},
+            ),
+            ("scores", {"scores": computed}, {"SCORES": True}),
+        ):
+            if variant in ("kept", "scores") and kind != torch.bfloat16:
+                continue
+            off = {
+                "K": 2 if variant == "everything" else 1,
+                **dict.fromkeys(("HARD", "WEIGHTED", "TOTAL", "KEEP", "SCORES"), False),
+            }
+            cases.append(
+                CompileCase(
+                    name=f"forward-{variant}-{name}",
+                    kernel=_forward_kernel,
+                    types={**operands, "tiles": "i32", **types},
+                    constants={**off, **flags, **blocks},
+                    options=options,
+                    multiples=("dims",),
+                    vector_loads=True,
+                    fused=True,
+                    instructions=instruction,
+                )
+            )
+        gradient = {"grad_target": computed, "v": f"*{score_tiles.short_name(kind)}"}
+        by_lse = dict.fromkeys(("grad_lse", "grad_total", "lse"), computed)
+        for variant, types, flags in (
+            ("plain", by_lse, {"FROM": PROBABILITIES}),
+            ("kept", {**by_lse, **kept}, {"FROM": KEPT_COPY}),
+            (
+                "everything",
+                {**by_lse, **hard, "class_weight": computed, "scale_sums": computed},
+                {"FROM": PROBABILITIES, "HARD": True, "WEIGHTED": True},
+            ),
+            ("scores", {"grad_scores": computed}, {"FROM": SCORE_GRADIENTS}),
+        ):
+            if variant in ("kept", "scores") and kind != torch.bfloat16:
+                continue
+            copies = variant == "kept"
+            cases.append(
+                CompileCase(
+                    name=f"gradient-{variant}-{name}",
+                    kernel=_gradient_kernel,
+                    types={
+                        **operands,
+                        **gradient,
+                        "target_row": "*i64",
+                        "first": "i32",
+                        "last": "i32",
+                        **types,
+                    },
+                    constants={
+                        "K": 2 if variant == "everything" else 1,
+                        "HARD": False,
+                        "WEIGHTED": False,
+                        "SCALE": variant == "everything",
+                        **flags,
+                        **blocks,
+                    },
+                    options=options,
+                    multiples=("dims",),
+                    vector_loads=not copies,
+                    fused=True,
+                    instructions=() if copies else instruction,
+                )
+            )
+    return cases

@@ -28,6 +28,7 @@ class CompileCase(NamedTuple):
     multiples: tuple[str, ...] = ()
     vector_loads: bool = False  # 16 bytes at a time
     fused: bool = False  # may contract: decides nothing on its own
+    stack: bool = False  # a library function inside keeps a table in local memory
     instructions: tuple[str, ...] = ()  # that must appear
 
 

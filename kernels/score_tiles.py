@@ -23,6 +23,17 @@ TRITON_TYPES = {
 }
 
 
+# For the compile test: a name, what is stored, what is multiplied, and instructions to be seen.
+COMPILED_TYPES = (
+    ("fp32", "fp32", torch.float32, ()),
+    ("fp64", "fp64", torch.float64, ()),
+    ("fp16", "fp16", torch.float16, ("mma",)),
+    ("bf16", "bf16", torch.bfloat16, ("mma",)),
+    ("autocast", "fp32", torch.bfloat16, ("mma",)),
+)
+LAUNCH_CONSTANTS = ("PRODUCT", "OPERAND", "BLOCK_M", "BLOCK_N", "BLOCK_D")
+
+
 class Tile(NamedTuple):
     """What a program scores at a time, and how it is compiled."""
 
@@ -34,9 +45,9 @@ class Tile(NamedTuple):
 
 
 # By generation and the type of products.
-_HALF = Tile(128, 128, 64, 8, 3)
-_SINGLE = Tile(64, 64, 32, 4, 2)
-_DOUBLE = Tile(32, 64, 16, 4, 2)
+_HALF = Tile(64, 64, 64, 8, 3)
+_SINGLE = Tile(32, 64, 16, 8, 2)
+_DOUBLE = Tile(16, 64, 16, 4, 2)
 _INTERPRETED = Tile(32, 64, 32, 4, 1)
 _BY_TYPE = {
     torch.bfloat16: _HALF,
@@ -50,6 +61,11 @@ TILES = {
     9: _BY_TYPE,
     10: _BY_TYPE,
 }
+
+
+def short_name(dtype: torch.dtype) -> str:
+    """As triton writes it: bf16."""
+    return str(TRITON_TYPES[dtype])
 
 
 def known(generation: int) -> int:
@@ -98,11 +114,11 @@ def columns_at_a_time(tile: Tile, generation: int, rows: int, each: int, size: i
 
 @triton.jit
 def score_tile(
-    left,  # [rows, dims]
-    left_rows,
+    left,  # the tile's first row, rows `left_stride` apart
+    left_stride,
     left_inside,
-    right,  # [columns, dims]
-    right_rows,
+    right,  # likewise
+    right_stride,
     right_inside,
     dims,
     SUM: tl.constexpr,
@@ -113,18 +129,19 @@ def score_tile(
     BLOCK_D: tl.constexpr,
 ):
     """Dot products of rows with rows, operands rounded to PRODUCT, multiplied as OPERAND and
-    summed in SUM."""
+    summed in SUM. Within a tile offsets are of 32 bits, or pointers would fill the registers."""
     total = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+    left_row, right_row = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     for start in range(0, dims, BLOCK_D):
         lane = start + tl.arange(0, BLOCK_D)
         exists = lane < dims
         a = tl.load(
-            left + left_rows[:, None] * dims + lane[None, :],
+            left + (left_row[:, None] * left_stride + lane[None, :]),
             mask=left_inside[:, None] & exists[None, :],
             other=0.0,
         )
         b = tl.load(
-            right + right_rows[None, :] * dims + lane[:, None],
+            right + (right_row[None, :] * right_stride + lane[:, None]),
             mask=right_inside[None, :] & exists[:, None],
             other=0.0,
         )

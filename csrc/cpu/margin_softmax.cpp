@@ -68,11 +68,14 @@ struct Inputs {
   // The kernels, over the rows, the classes and the rows again.
   void run() {
     args.parts = threads_for(args.rows * args.classes * args.sub_centers * (args.dims + 16));
-    // The gradients of the rows are summed once for each part.
-    constexpr int64_t kMostElements = int64_t{8} << 20;
-    const int64_t fitting = 1 + kMostElements / (1 + args.rows * args.dims);
-    if (fitting < args.parts) args.parts = static_cast<int>(fitting);
-
+    // Gradients of 16 bits are not added to, so their rows come at once.
+    const bool at_once = args.grad_weight != nullptr && embeddings.scalar_type() != compute();
+    const int64_t range =
+        at_once ? args.rows
+                : rows_at_once(args.rows, args.dims, args.parts, element_size(compute()));
+    args.count = range;
+    // From what was kept the gradient of the scale does not follow, and the weight's only at once.
+    if (args.needs_scale || range < args.rows) args.saved_kept = nullptr;
     cpu::MarginPlan plan{};
     const auto make_plan = FASTZOO_SELECT_KERNEL(margin_plan);
     make_plan(args, plan);
@@ -82,6 +85,16 @@ struct Inputs {
     }
     const Tensor memory = empty(embeddings, {plan.bytes}, ScalarType::Byte);
     args.memory = memory.mutable_data_ptr();
+    for (; args.first < args.rows; args.first += args.count) {
+      const int64_t left = args.rows - args.first;
+      args.count = left < range ? left : range;
+      run_range();
+    }
+  }
+
+  void run_range() const {
+    cpu::MarginPlan plan{};
+    FASTZOO_SELECT_KERNEL(margin_plan)(args, plan);
     const int64_t grain = 1 + kElementsWorthAThread / (32 * (args.dims + 16));
     const auto prepare = FASTZOO_SELECT_KERNEL(margin_prepare);
     torch::stable::parallel_for(0, plan.blocks, grain,
@@ -111,7 +124,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_softma
   cpu::MarginArgs& args = in.args;
   args.class_weight = data_or_null(weights);
   args.with_total = with_total;
-  args.keep = keep;
   const Tensor target = in.per_row(), lse = in.per_row(), total = in.per_row();
   const Tensor embedding_norm = in.per_row(), weight_norm = in.per_row();
   const int64_t blocks = (args.classes + 63) / 64;
@@ -124,8 +136,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_softma
   args.total = total.mutable_data_ptr();
   args.embedding_norm = embedding_norm.mutable_data_ptr();
   args.weight_norm = weight_norm.mutable_data_ptr();
-  args.kept = static_cast<uint16_t*>(kept.mutable_data_ptr());
-  args.kept_max = kept_max.mutable_data_ptr();
+  if (keep) {
+    args.kept = static_cast<uint16_t*>(kept.mutable_data_ptr());
+    args.kept_max = kept_max.mutable_data_ptr();
+    ask_for_large_pages(kept, args.classes * args.rows * element_size(ScalarType::BFloat16));
+  }
   in.run();
   return {target, lse, total, embedding_norm, weight_norm, kept, kept_max};
 }
@@ -159,8 +174,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(Inputs& in, const Tensor& grad_t
   args.grad_embeddings = grad_embeddings.mutable_data_ptr();
   args.grad_weight = grad_weight.mutable_data_ptr();
   args.grad_scale = grad_scale.mutable_data_ptr();
-  if (args.rows == 0 && needs_weight) torch::stable::zero_(const_cast<Tensor&>(grad_weight));
-  if (args.rows > 0) in.run();
+  if (args.rows == 0) torch::stable::zero_(const_cast<Tensor&>(grad_weight));
+  in.run();
   return {grad_embeddings, grad_weight, grad_scale};
 }
 
@@ -183,6 +198,10 @@ std::tuple<Tensor, Tensor, Tensor> margin_softmax_negatives_backward(
   in.args.grad_total = by_total.const_data_ptr();
   in.args.class_weight = data_or_null(weights);
   in.args.saved_lse = saved.const_data_ptr();
+  const Tensor kept_in = torch::stable::contiguous(kept);
+  const Tensor kept_max_in = torch::stable::contiguous(kept_max);
+  in.args.saved_kept = static_cast<const uint16_t*>(data_or_null(kept_in));
+  in.args.saved_kept_max = kept_max_in.const_data_ptr();
   return run_backward(in, grad_target, grad_embedding_norm, grad_weight_norm, needs_embeddings,
                       needs_weight, needs_scale);
 }

@@ -28,7 +28,6 @@ constexpr int kPitch = kTile + 4;     // of a dimension there: aligned, its stor
 constexpr int kSide = 16;             // threads along a side of the tile
 constexpr int kEach = kTile / kSide;  // rows, and codes, of a thread
 constexpr int kPiece = 4;             // dimensions that a thread loads at once
-constexpr int kScanBlocks = 264;      // wanted at least: two for each unit of a large device
 constexpr int kPrepareBlocks = 512;   // at most
 
 template <class C>
@@ -368,7 +367,7 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook,
   const Tensor norm_bits = torch::stable::new_zeros(x, {1}, ScalarType::Long);
   const unsigned row_blocks = blocks_for(rows, kTile);
   const int code_tiles = static_cast<int>(padded_codes / kTile);
-  const int wanted_shares = static_cast<int>((kScanBlocks + row_blocks - 1) / row_blocks);
+  const int wanted_shares = static_cast<int>((kManyBlocks + row_blocks - 1) / row_blocks);
   const int shares = std::min({wanted_shares, code_tiles, kWarpSize});
   const bool has_centre = metric == Metric::l2;
   const Tensor mean = has_centre ? mean_of_rows(book, compute) : empty(x, {0}, compute);

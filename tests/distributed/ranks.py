@@ -1,6 +1,7 @@
 """Checks that run on several ranks at once: one set of processes a world size, gloo on the CPU."""
 
 import datetime
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,14 @@ from torch import Tensor
 
 Check = Callable[[Path], None]
 
+# Imported once, by the process that the ranks are forked from.
+PRELOADED = [
+    "fastzoo.nn",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "pytest",
+]
 # What a rank found wrong in the check that runs. It goes on: an exception would leave the others
 # at a collective.
 _wrong: list[str] = []
@@ -36,9 +45,11 @@ def run(checks: dict[str, Check], world: int, folder: Path) -> dict[str, str]:
     Processes are dear, so all checks run in the same ones, in order. After an exception the ranks
     may be at different collectives: the checks after it do not run, and say so.
     """
-    errors = mp.get_context("spawn").SimpleQueue()
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    errors = context.SimpleQueue()
     args = (checks, world, folder, errors)
-    workers = mp.start_processes(_rank, args, nprocs=world, join=False, start_method="spawn")
+    workers = mp.start_processes(_rank, args, nprocs=world, join=False, start_method="forkserver")
     found: dict[str, str] = {}
     ended, died = False, ""
     while not ended or not errors.empty():
@@ -74,4 +85,6 @@ def _rank(rank: int, checks: dict[str, Check], world: int, folder: Path, errors:
             _wrong.append(traceback.format_exc())
         if _wrong:
             errors.put((name, "\n".join([f"\nrank {rank} of {world}:", *_wrong])))
-    dist.destroy_process_group()
+    dist.barrier()
+    # Every check is over everywhere. Ended in order, gloo's threads now and then abort the process.
+    os._exit(0)

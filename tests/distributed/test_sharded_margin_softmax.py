@@ -39,8 +39,8 @@ class Problem:
         generator = torch.Generator().manual_seed(classes)
         n = sum(self.counts)
         self.classes, self.sub_centers = classes, sub_centers
-        self.x = 2 * torch.randn(n, DIM, generator=generator, dtype=torch.float64)
         self.w = torch.randn(classes * sub_centers, DIM, generator=generator, dtype=torch.float64)
+        self.x = 2 * torch.randn(n, DIM, generator=generator, dtype=torch.float64)
         # The last ranks have no row's class.
         self.y = torch.randint(-1, max(1, classes // 3), (n,), generator=generator)
         first = sum(self.counts[: self.rank])
@@ -344,7 +344,8 @@ def saved(folder: Path) -> None:
         same(other.weight, problem.own_weight(problem.w), "weight")
         expect(float(other.state[0]) != 20, "state")
         # A whole weight, this rank's rows, or another's DTensor: all of them load.
-        for weight in (problem.w, other.weight.detach(), head.state_dict()["weight"]):
+        rows = problem.own_weight(problem.w)
+        for weight in (problem.w, rows, head.state_dict()["weight"]):
             nn.init.zeros_(other.weight)
             other.load_state_dict({**read, "weight": weight})
             same(other.weight, problem.own_weight(problem.w), "weight")
@@ -419,10 +420,8 @@ def test_ranks(errors: dict[int, dict[str, str]], check: str, world: int) -> Non
 def test_one_process_loads_what_many_saved(
     errors: dict[int, dict[str, str]], folder: Path, sub_centers: int
 ) -> None:
-    expected = torch.Generator().manual_seed(11)
-    n = sum(COUNTS)
-    torch.randn(n, DIM, generator=expected, dtype=torch.float64)
-    weight = torch.randn(11 * sub_centers, DIM, generator=expected, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(11)
+    weight = torch.randn(11 * sub_centers, DIM, generator=generator, dtype=torch.float64)
     for kind in (MarginSoftmaxLoss, ShardedMarginSoftmaxLoss):
         head = kind(11, DIM, MARGINS["adaface"], sub_centers=sub_centers, dtype=torch.float64)
         state = head.state_dict()

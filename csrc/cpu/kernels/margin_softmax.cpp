@@ -21,14 +21,13 @@ struct Margin {
   static constexpr int kColumns = Pairs::kColumns;
   static constexpr int kRows = Pairs::kRows;
   static constexpr T kInf = static_cast<T>(kInfinity);
-  static constexpr T kFloor = static_cast<T>(math::kNormFloor);
 
   const MarginArgs& args;
   const bool backward =
       args.pass == MarginPass::negatives_backward || args.pass == MarginPass::scores_backward;
   const int64_t sub_centers = args.sub_centers;
   const int64_t classes_a_chunk = chunk_classes(args);
-  const Pairs pairs{args.rows, args.dims, round_up(classes_a_chunk * sub_centers, kRows)};
+  const Pairs pairs{args.count, args.dims, round_up(classes_a_chunk * sub_centers, kRows)};
   const int64_t group = pairs.group_blocks();
   const int64_t padded = pairs.blocks() * kColumns;
   // What depends on a row of the batch, [padded] each; nothing comes of the rows beyond the last.
@@ -50,6 +49,8 @@ struct Margin {
     T* grad;            // [chunk][kColumns]: gradients of scores, for one block
     T* sums;            // [chunk][dims]: the weight's gradients, where dtype is not their type
   };
+  // Classes that share one reference in what is kept.
+  static constexpr int64_t kKeptClasses = 64;
   static constexpr bool kDirect = std::is_same_v<Element, T>;
   char* parts = nullptr;
   int64_t part_bytes = 0;
@@ -58,7 +59,8 @@ struct Margin {
   static int64_t chunk_classes(const MarginArgs& args) {
     const int64_t most = kChunkRows / args.sub_centers;
     const int64_t share = round_up((args.classes + args.parts - 1) / args.parts, kRows);
-    if (args.keep || args.saved_kept != nullptr || share > most) return most < 1 ? 1 : most;
+    if (args.kept != nullptr || args.saved_kept != nullptr || share > most)
+      return most < 1 ? 1 : most;
     return share < 1 ? 1 : share;
   }
 
@@ -116,13 +118,23 @@ struct Margin {
 
   int64_t chunks() const { return (args.classes + classes_a_chunk - 1) / classes_a_chunk; }
 
+  // n counts in the range of rows at hand.
   const Element* embedding(int64_t n) const {
-    return static_cast<const Element*>(args.embeddings) + n * args.dims;
+    return static_cast<const Element*>(args.embeddings) + (args.first + n) * args.dims;
+  }
+  // How many lanes of the block from n on exist.
+  int64_t lanes_from(int64_t n) const {
+    return args.count - n < kColumns ? args.count - n : kColumns;
   }
   const Element* weight(int64_t row) const {
     return static_cast<const Element*>(args.weight) + row * args.dims;
   }
-  static T value_of(const void* array, int64_t n) { return static_cast<const T*>(array)[n]; }
+  T of_row(const void* array, int64_t n) const {
+    return static_cast<const T*>(array)[args.first + n];
+  }
+  void set_row(T value, void* array, int64_t n) const {
+    static_cast<T*>(array)[args.first + n] = value;
+  }
 
   T norm_of(const Element* row) const {
     return static_cast<T>(__builtin_sqrt(wide_sum(args.dims, [&](int64_t d) {
@@ -131,7 +143,7 @@ struct Margin {
     })));
   }
   static T inverse_of(bool normalize, T norm) {
-    return normalize ? T(1) / math::maximum(norm, kFloor) : T(1);
+    return normalize ? static_cast<T>(math::inverse_norm(norm)) : T(1);
   }
 
   // ---- before the classes ----------------------------------------------------------------------
@@ -148,7 +160,7 @@ struct Margin {
         lanes.lse[n] = kInf;
         lanes.grad_lse[n] = lanes.grad_total[n] = T(0);
       }
-      if (n < args.rows) prepare_row(n);
+      if (n < args.count) prepare_row(n);
     }
   }
 
@@ -156,14 +168,14 @@ struct Margin {
     const T norm = norm_of(embedding(n));
     lanes.norm[n] = norm;
     lanes.inverse[n] = inverse_of(args.normalize_embeddings, norm);
-    lanes.scale[n] = value_of(args.scale, n);
-    if (args.threshold != nullptr) lanes.threshold[n] = value_of(args.threshold, n);
-    lanes.label[n] = args.labels[n];
+    lanes.scale[n] = of_row(args.scale, n);
+    if (args.threshold != nullptr) lanes.threshold[n] = of_row(args.threshold, n);
+    lanes.label[n] = args.labels[args.first + n];
     T weight_norm = T(0);
-    if (args.labels[n] >= 0) {
+    if (lanes.label[n] >= 0) {
       double best = 0;
       for (int64_t j = 0; j < sub_centers; ++j) {
-        const int64_t row = args.labels[n] * sub_centers + j;
+        const int64_t row = lanes.label[n] * sub_centers + j;
         const T row_norm = norm_of(weight(row));
         const double dot = wide_sum(args.dims, [&](int64_t d) {
           return static_cast<double>(widen(embedding(n)[d])) * widen(weight(row)[d]);
@@ -177,14 +189,14 @@ struct Margin {
       lanes.target[n] = static_cast<T>(best);
     }
     if (!backward) {
-      static_cast<T*>(args.target)[n] = lanes.target[n];
-      static_cast<T*>(args.embedding_norm)[n] = norm;
-      static_cast<T*>(args.weight_norm)[n] = weight_norm;
+      set_row(lanes.target[n], args.target, n);
+      set_row(norm, args.embedding_norm, n);
+      set_row(weight_norm, args.weight_norm, n);
     }
     if (args.pass == MarginPass::negatives_backward) {
-      lanes.grad_lse[n] = value_of(args.grad_lse, n);
-      lanes.grad_total[n] = value_of(args.grad_total, n);
-      lanes.lse[n] = gradient_reference(lanes.grad_lse[n], value_of(args.saved_lse, n));
+      lanes.grad_lse[n] = of_row(args.grad_lse, n);
+      lanes.grad_total[n] = of_row(args.grad_total, n);
+      lanes.lse[n] = gradient_reference(lanes.grad_lse[n], of_row(args.saved_lse, n));
     }
   }
 
@@ -223,14 +235,19 @@ struct Margin {
       });
       for (int64_t first = 0; first < pairs.blocks(); first += group) {
         const int64_t count = pairs.blocks() - first < group ? pairs.blocks() - first : group;
-        pairs.multiply(part.chunk, range.rows, packed, first, count);
+        if (args.saved_kept == nullptr) {
+          pairs.multiply(part.chunk, range.rows, packed, first, count);
+        }
         if (plain) {
           meet<true>(part, range, first, count);
         } else {
           meet<false>(part, range, first, count);
         }
       }
-      if (backward && args.needs_weight && !kDirect) narrow_sums(part, range);
+      if (backward && args.needs_weight) {
+        if (args.saved_kept != nullptr) straighten(part, range);
+        if (!kDirect) narrow_sums(part, range);
+      }
     }
   }
 
@@ -251,7 +268,11 @@ struct Margin {
           write_scores<kPlain>(part, range, n, scores);
           break;
         case MarginPass::negatives_backward:
-          find_gradients<kPlain, false>(part, range, n, scores);
+          if (args.saved_kept != nullptr) {
+            restore_gradients(part, range, n, scores);
+          } else {
+            find_gradients<kPlain, false>(part, range, n, scores);
+          }
           break;
         case MarginPass::scores_backward:
           read_gradients(part, range, n);
@@ -276,7 +297,7 @@ struct Margin {
       rule.scale[h] = V::load(lanes.scale + n + h * V::size);
       rule.threshold[h] = V::load(lanes.threshold + n + h * V::size);
     }
-    rule.hardness = V(args.hardness != nullptr ? value_of(args.hardness, 0) : T(0));
+    rule.hardness = V(args.hardness != nullptr ? static_cast<const T*>(args.hardness)[0] : T(0));
     const bool filters = args.interclass_filter > 0;
     rule.filter = V(filters ? static_cast<T>(args.interclass_filter) : kInf);
     return rule;
@@ -340,13 +361,33 @@ struct Margin {
     for (int64_t c = 0; c < range.classes; ++c) {
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
-        const V z = V::load(scores + c * kColumns + h * V::size);
-        sum[h] = sum[h] + exponential(z - reference[h]);
+        T* const at = scores + c * kColumns + h * V::size;
+        const V exponent = exponential(V::load(at) - reference[h]);
+        sum[h] = sum[h] + exponent;
+        if (args.kept != nullptr) exponent.store(at);
       }
     }
+    if (args.kept != nullptr) keep(range, n, scores, reference);
     for (int h = 0; h < 2; ++h) {
       T* const sums = part.sum + n + h * V::size;
       (V::load(sums) + sum[h]).store(sums);
+    }
+  }
+
+  void keep(const Range& range, int64_t n, const T* exponents, const V (&reference)[2]) const {
+    for (int64_t c = 0; c < range.classes; ++c) {
+      BFloat16 rounded[kColumns];
+      for (int i = 0; i < kColumns; ++i) narrow(exponents[c * kColumns + i], rounded[i]);
+      uint16_t* const out = args.kept + (range.first_class + c) * args.rows + args.first + n;
+      __builtin_memcpy(out, rounded, static_cast<size_t>(lanes_from(n)) * sizeof(BFloat16));
+    }
+    T references[kColumns];
+    for (int h = 0; h < 2; ++h) reference[h].store(references + h * V::size);
+    for (int64_t c = 0; c < range.classes; c += kKeptClasses) {
+      const int64_t line = (range.first_class + c) / kKeptClasses * args.rows;
+      for (int64_t i = 0; i < lanes_from(n); ++i) {
+        set_row(references[i], args.kept_max, line + n + i);
+      }
     }
   }
 
@@ -363,20 +404,49 @@ struct Margin {
         (rule.scale[h] * value).store(scores + c * kColumns + h * V::size);
       }
     }
-    const int64_t count = args.rows - n < kColumns ? args.rows - n : kColumns;
-    for (int64_t i = 0; i < count; ++i) {
-      T* const out = static_cast<T*>(args.scores) + (n + i) * args.classes + range.first_class;
+    for (int64_t i = 0; i < lanes_from(n); ++i) {
+      T* const out =
+          static_cast<T*>(args.scores) + (args.first + n + i) * args.classes + range.first_class;
       for (int64_t c = 0; c < range.classes; ++c) out[c] = scores[c * kColumns + i];
     }
   }
 
   void read_gradients(const Part& part, const Range& range, int64_t n) const {
     for (int64_t i = 0; i < kColumns; ++i) {
-      const bool inside = n + i < args.rows;
-      const T* const in =
-          static_cast<const T*>(args.grad_scores) + (n + i) * args.classes + range.first_class;
+      const bool inside = i < lanes_from(n);
+      const int64_t at = (args.first + n + i) * args.classes + range.first_class;
       for (int64_t c = 0; c < range.classes; ++c) {
-        part.grad[c * kColumns + i] = inside ? in[c] : T(0);
+        part.grad[c * kColumns + i] =
+            inside ? static_cast<const T*>(args.grad_scores)[at + c] : T(0);
+      }
+    }
+  }
+
+  // Writes the gradients of the dot products over the scores, from the exponentials that the
+  // forward kept.
+  void restore_gradients(const Part& part, const Range& range, int64_t n, T* scores) const {
+    T factor[kColumns];
+    const int64_t count = lanes_from(n);
+    for (int64_t c = 0; c < range.classes; ++c) {
+      if (c % kKeptClasses == 0) {
+        const int64_t line = (range.first_class + c) / kKeptClasses * args.rows;
+        for (int64_t i = 0; i < kColumns; ++i) {
+          if (i >= count) {
+            factor[i] = T(0);
+            continue;
+          }
+          const T share =
+              math::exponential(of_row(args.saved_kept_max, line + n + i) - lanes.lse[n + i]);
+          factor[i] = share * lanes.grad_lse[n + i] * lanes.scale[n + i] * lanes.inverse[n + i];
+        }
+      }
+      BFloat16 kept[kColumns];
+      const uint16_t* const in =
+          args.saved_kept + (range.first_class + c) * args.rows + args.first + n;
+      for (int i = 0; i < kColumns; ++i) kept[i].bits = 0;
+      __builtin_memcpy(kept, in, static_cast<size_t>(count) * sizeof(BFloat16));
+      for (int i = 0; i < kColumns; ++i) {
+        scores[c * kColumns + i] = widen(kept[i]) * (factor[i] * part.inverse[c]);
       }
     }
   }
@@ -452,18 +522,18 @@ struct Margin {
     for (int64_t n = first * kColumns; n < end; ++n) {
       const int64_t r = lanes.target_row[n] - range.first_row;
       if (r < 0 || r >= range.rows) continue;
-      const T grad = value_of(args.grad_target, n);
+      const T grad = of_row(args.grad_target, n);
       T* const scores = pairs.scores_of(part.chunk, n / kColumns - first);
       scores[r * kColumns + n % kColumns] = grad * lanes.inverse[n] * part.inverse[r];
       part.along[r] += grad * lanes.target[n];
     }
     for (int64_t r = 0; r < range.rows; ++r) {
-      part.along[r] = -shrink(args.normalize_weight, part.norm[r]) * part.along[r];
+      part.along[r] = -shrink(args.normalize_weight, part.inverse[r]) * part.along[r];
     }
     for (int64_t n = first * kColumns; n < end; ++n) {
       const int64_t r = lanes.target_row[n] - range.first_row;
       if (r < 0 || r >= range.rows || !(part.norm[r] > 0)) continue;
-      part.along[r] += value_of(args.grad_weight_norm, n) / part.norm[r];
+      part.along[r] += of_row(args.grad_weight_norm, n) / part.norm[r];
     }
     pairs.finish_gradients(part.chunk, range.rows, count);
     if (args.needs_embeddings) {
@@ -471,21 +541,48 @@ struct Margin {
     }
     if (!args.needs_weight) return;
     const Element* const rows = weight(range.first_row);
-    T* sums = part.sums;
-    if constexpr (kDirect) {
-      sums = static_cast<T*>(args.grad_weight) + range.first_row * args.dims;
-    }
+    T* const sums = sums_of(part, range);
+    const bool starts = first == 0 && args.first == 0;
+    // The scores are not known from what was kept: the part along a row is taken out afterwards.
+    const T* const along = args.saved_kept == nullptr ? part.along : nullptr;
     pairs.row_gradients(part.chunk, range.rows, across, first, count,
                         [&](int64_t r, int64_t d, const Tile& tile) __attribute__((always_inline)) {
-                          pairs.add_tile(tile, r, range.rows, d, first == 0, part.along, rows,
-                                         sums);
+                          pairs.add_tile(tile, r, range.rows, d, starts, along, rows, sums);
                         });
   }
 
-  // What a gradient along a row is multiplied by where the row was divided by its norm.
-  static T shrink(bool normalize, T norm) {
-    return normalize && norm > kFloor ? T(1) / (norm * norm) : T(0);
+  // The chunk's gradients of the weight in the compute type.
+  T* sums_of(const Part& part, const Range& range) const {
+    if constexpr (kDirect) {
+      return static_cast<T*>(args.grad_weight) + range.first_row * args.dims;
+    } else {
+      return part.sums;
+    }
   }
+
+  // Takes what lies along a row out of its gradient, for the rows whose norm divides, and adds what
+  // the gradients of the norms put there.
+  void straighten(const Part& part, const Range& range) const {
+    for (int64_t r = 0; r < range.rows; ++r) part.along[r] = T(0);
+    for (int64_t n = 0; n < args.count; ++n) {
+      const int64_t r = lanes.target_row[n] - range.first_row;
+      if (r < 0 || r >= range.rows || !(part.norm[r] > 0)) continue;
+      part.along[r] += of_row(args.grad_weight_norm, n) / part.norm[r];
+    }
+    T* const sums = sums_of(part, range);
+    for (int64_t r = 0; r < range.rows; ++r) {
+      const Element* const row = weight(range.first_row + r);
+      T* const sum = sums + r * args.dims;
+      const double dot = wide_sum(
+          args.dims, [&](int64_t d) { return static_cast<double>(sum[d]) * widen(row[d]); });
+      const T share =
+          part.along[r] - static_cast<T>(dot) * shrink(args.normalize_weight, part.inverse[r]);
+      for (int64_t d = 0; d < args.dims; ++d) sum[d] += share * static_cast<T>(widen(row[d]));
+    }
+  }
+
+  // What a gradient along a row is multiplied by where the row was divided by its norm.
+  static T shrink(bool normalize, T inverse) { return normalize ? inverse * inverse : T(0); }
 
   void narrow_sums(const Part& part, const Range& range) const {
     Element* const out = static_cast<Element*>(args.grad_weight) + range.first_row * args.dims;
@@ -495,8 +592,8 @@ struct Margin {
   // ---- after the classes -----------------------------------------------------------------------
 
   void finish(int64_t block, double* sums) const {
-    const int64_t last = (block + 1) * kColumns < args.rows ? (block + 1) * kColumns : args.rows;
-    for (int64_t n = block * kColumns; n < last; ++n) {
+    const int64_t first = block * kColumns;
+    for (int64_t n = first; n < first + lanes_from(first); ++n) {
       if (backward) {
         finish_gradients(n, sums);
       } else {
@@ -517,8 +614,8 @@ struct Margin {
       sum += static_cast<double>(part.sum[n]) * share;
       total += static_cast<double>(part.total[n]);
     }
-    static_cast<T*>(args.lse)[n] = static_cast<T>(reference + ::log(sum));
-    static_cast<T*>(args.total)[n] = static_cast<T>(total);
+    set_row(static_cast<T>(reference + ::log(sum)), args.lse, n);
+    set_row(static_cast<T>(total), args.total, n);
   }
 
   void finish_gradients(int64_t n, double* sums) const {
@@ -528,19 +625,23 @@ struct Margin {
       radial += static_cast<double>(part.radial[n]);
       grad_scale += static_cast<double>(part.grad_scale[n]);
     }
-    if (args.needs_scale) static_cast<T*>(args.grad_scale)[n] = static_cast<T>(grad_scale);
+    if (args.needs_scale) set_row(static_cast<T>(grad_scale), args.grad_scale, n);
     if (!args.needs_embeddings) return;
     if (lanes.target_row[n] >= 0) {
-      radial += static_cast<double>(value_of(args.grad_target, n)) * lanes.target[n];
+      radial += static_cast<double>(of_row(args.grad_target, n)) * lanes.target[n];
     }
-    const double norm = lanes.norm[n];
-    double along = -radial * shrink(args.normalize_embeddings, lanes.norm[n]);
-    if (norm > 0) along += static_cast<double>(value_of(args.grad_embedding_norm, n)) / norm;
-    for (int64_t d = 0; d < args.dims; ++d) sums[d] = along * widen(embedding(n)[d]);
+    for (int64_t d = 0; d < args.dims; ++d) sums[d] = 0;
     for (int index = 0; index < args.parts; ++index) {
       pairs.collect(part_of(index).gradient, n, sums);
     }
-    Element* const out = static_cast<Element*>(args.grad_embeddings) + n * args.dims;
+    if (args.saved_kept != nullptr) {
+      radial = wide_sum(args.dims, [&](int64_t d) { return sums[d] * widen(embedding(n)[d]); });
+    }
+    const double norm = lanes.norm[n];
+    double along = -radial * shrink(args.normalize_embeddings, lanes.inverse[n]);
+    if (norm > 0) along += static_cast<double>(of_row(args.grad_embedding_norm, n)) / norm;
+    for (int64_t d = 0; d < args.dims; ++d) sums[d] += along * widen(embedding(n)[d]);
+    Element* const out = static_cast<Element*>(args.grad_embeddings) + (args.first + n) * args.dims;
     for (int64_t d = 0; d < args.dims; ++d) narrow(sums[d], out[d]);
   }
 };

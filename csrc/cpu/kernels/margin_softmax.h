@@ -18,10 +18,13 @@ struct MarginArgs {
   Dtype dtype;
   bool bfloat16_products;
   int64_t rows, classes, sub_centers, dims;
-  bool normalize_embeddings, normalize_weight, with_total, keep;
+  bool normalize_embeddings, normalize_weight, with_total;
   bool needs_embeddings, needs_weight, needs_scale;
   double interclass_filter;
   int parts;  // ranges of classes that are worked on at once
+
+  // The rows at hand: they may come in several ranges, one call of each kernel a range.
+  int64_t first, count;
 
   const void* embeddings;    // [N][D] of dtype
   const void* weight;        // [C * K][D] of dtype
@@ -51,8 +54,8 @@ struct MarginArgs {
   void* scores;  // [N][C]
   void* embedding_norm;
   void* weight_norm;
-  uint16_t* kept;
-  void* kept_max;
+  uint16_t* kept;         // [C][N], or nullptr
+  void* kept_max;         // [ceil(C / 64)][N]
   void* grad_embeddings;  // [N][D] of dtype
   void* grad_weight;      // [C * K][D] of dtype
   void* grad_scale;

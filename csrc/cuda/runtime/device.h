@@ -7,6 +7,8 @@
 
 namespace fastzoo::cuda {
 
+constexpr int kManyBlocks = 264;  // two for each unit
+
 FASTZOO_DEVICE void sync_block() { __syncthreads(); }
 FASTZOO_DEVICE void sync_warp(uint32_t mask = kWholeWarp) { __syncwarp(mask); }
 

@@ -20,6 +20,9 @@
 
 namespace fastzoo::cuda {
 
+// Few, so that a block of a small input already has several tiles to go over.
+constexpr int kManyBlocks = 3;
+
 class EmulationError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

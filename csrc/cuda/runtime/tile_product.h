@@ -17,7 +17,6 @@ namespace fastzoo::cuda {
 constexpr int kTileThreads = 256;
 constexpr int kTileWarps = kTileThreads / kWarpSize;
 constexpr int kTileColumns = 64;
-constexpr int kTileBlocks = 264;  // wanted at least: two for each unit of a large device
 
 template <class C>
 struct FusedScheme {
@@ -242,7 +241,7 @@ template <class Scheme>
 dim3 tile_grid(int64_t rows, int64_t columns) {
   const unsigned row_blocks = std::max(blocks_for(rows, Scheme::kRows), 1u);
   const unsigned tiles = std::max(blocks_for(columns, kTileColumns), 1u);
-  return dim3(row_blocks, std::min((kTileBlocks + row_blocks - 1) / row_blocks, tiles));
+  return dim3(row_blocks, std::min((kManyBlocks + row_blocks - 1) / row_blocks, tiles));
 }
 
 // Calls body(T{}, Scheme{}) for operands of a dtype: products in bfloat16 where these are wanted or
