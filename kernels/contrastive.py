@@ -18,6 +18,7 @@ from .score_tiles import (
     TILES,
     compute_dtype,
     finite,
+    gradient_dtype,
     known,
     log_sum,
     product_dtype,
@@ -27,8 +28,16 @@ from .score_tiles import (
 
 @triton.jit
 def _softplus(z):
-    """log(1 + exp(z))."""
-    return tl.maximum(z, 0.0) + tl.log(1 + tl.exp(-tl.abs(z)))
+    """log(1 + exp(z)), however small. With e = exp(-|z|), log(1 + e) = 2 artanh(e / (2 + e)), whose
+    series in at most 1/9 ends below the last bit."""
+    TERMS: tl.constexpr = 17 if z.dtype == tl.float64 else 8
+    e = tl.exp(-tl.abs(z))
+    s = e / (2 + e)
+    square = s * s
+    series = tl.full(z.shape, 1.0 / (2 * TERMS - 1), z.dtype)
+    for k in tl.static_range(TERMS - 1, 0, -1):
+        series = series * square + 1.0 / (2 * k - 1)
+    return tl.maximum(z, 0.0) + 2 * s * series
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "tiles"])
@@ -120,7 +129,7 @@ def _gradient_kernel(
     grad_column,  # [columns], if COLUMNS
     row_lse,  # [rows], unless SIGMOID
     column_lse,  # [columns], if COLUMNS
-    v,  # [rows, last - first], written
+    v,  # [rows, last - first in whole tiles], written
     scale_sums,  # [key tiles, rows], written
     bias_sums,  # [key tiles, rows], written
     rows,
@@ -183,7 +192,7 @@ def _gradient_kernel(
     own = (positive - start).to(tl.int32)[:, None] == place
     own_grad = tl.load(grad_positive + row, mask=inside, other=0.0)[:, None]
     dz += tl.where(own & exists[None, :], own_grad, 0.0)
-    width = last - first
+    width = tl.cdiv(last - first, BLOCK_N) * BLOCK_N
     at = v + first_row * width + tile * BLOCK_N
     at += tl.arange(0, BLOCK_M)[:, None] * width + place
     tl.store(at, (s * dz).to(v.dtype.element_ty), mask=there)
@@ -270,12 +279,14 @@ def contrastive_backward(
     grads = [grad_positive, grad_row, row] + ([grad_column, column] if column.numel() else [])
     grad_positive, grad_row, row, *by_column = (t.contiguous() for t in grads)
     grad_column, column = by_column if by_column else (None, None)
-    rounded = q.to(kind)
-    at_a_time = score_tiles.columns_at_a_time(tile, machine, max(n, 1), 1, kind.itemsize)
+    held = gradient_dtype(kind)
+    rounded = q.to(held)
+    at_a_time = score_tiles.columns_at_a_time(tile, machine, n, dims, 1, held.itemsize)
     for first in range(0, m if n else 0, at_a_time):
         last = min(first + at_a_time, m)
-        v = torch.empty(n, last - first, dtype=kind, device=q.device)
         key_tiles = triton.cdiv(last - first, tile.columns)
+        # Whole tiles a row: the products want aligned rows.
+        v = torch.empty(n, key_tiles * tile.columns, dtype=held, device=q.device)
         scale_sums, bias_sums = (scale.new_empty(key_tiles, n) for _ in range(2))
         with on_device_of(q):
             _gradient_kernel[(triton.cdiv(n, tile.rows), key_tiles)](
@@ -302,6 +313,7 @@ def contrastive_backward(
                 SIGMOID=sigmoid,
                 **score_tiles.launch_options(tile, kind, machine),
             )
+        v = v[:, : last - first]
         if needs_queries:
             grad_q += score_tiles.product(v, k[first:last])
         if needs_keys:
@@ -333,7 +345,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
         gradient = {
             "positives": "*i64",
             **dict.fromkeys(("grad_positive", "grad_row", "scale_sums", "bias_sums"), computed),
-            "v": f"*{score_tiles.short_name(kind)}",
+            "v": f"*{score_tiles.short_name(gradient_dtype(kind))}",
             "first": "i32",
             "last": "i32",
         }

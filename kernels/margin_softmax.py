@@ -19,6 +19,7 @@ from .score_tiles import (
     TILES,
     compute_dtype,
     finite,
+    gradient_dtype,
     known,
     log_sum,
     product_dtype,
@@ -243,7 +244,7 @@ def _gradient_kernel(
     kept,  # [classes, rows], from KEPT_COPY
     kept_max,  # [blocks, rows], from KEPT_COPY
     grad_scores,  # [rows, classes], from SCORE_GRADIENTS
-    v,  # [rows, (last - first) * K], written
+    v,  # [rows, (last - first) * K in whole tiles], written
     scale_sums,  # [class tiles, rows], written if SCALE
     rows,
     classes,
@@ -332,7 +333,7 @@ def _gradient_kernel(
     du = dz * s * slope
     by_target = tl.load(grad_target + row, mask=inside, other=0.0)[:, None]
     target = (tl.load(target_row + row, mask=inside, other=-1) - start * K).to(tl.int32)[:, None]
-    width = (last - first) * K
+    width = tl.cdiv(last - first, BLOCK_N) * BLOCK_N * K
     there = inside[:, None] & exists[None, :]
     place = tl.arange(0, BLOCK_N)[None, :] * K
     to = v + first_row * width + tile * BLOCK_N * K
@@ -698,7 +699,7 @@ def margin_softmax_negatives_backward(
         normalize_weight,
         bfloat16_products,
     )
-    has_copy = kept.numel() > 0
+    has_copy = kept.numel() > 0 and not needs_scale  # it holds no scores
     return _gradients(
         operands,
         {
@@ -786,9 +787,9 @@ def _gradients(operands, sources, grad_norms, normalized, needs, embeddings):
     grad_scale = scale.new_zeros(n)
     machine = known(generation(x))
     tile = TILES[machine][operands.product]
-    size = operands.product.itemsize
-    at_a_time = score_tiles.columns_at_a_time(tile, machine, n, k, size)
-    rounded = x.to(operands.product)
+    held = gradient_dtype(operands.product)
+    at_a_time = score_tiles.columns_at_a_time(tile, machine, n, dims, k, held.itemsize)
+    rounded = x.to(held)
     # What the gradient of a target's norm adds along its weight: sorted, so deterministic.
     by_norm = scale.new_zeros(weight.shape[0])
     known_row = operands.target_row.clamp(min=0)
@@ -797,8 +798,9 @@ def _gradients(operands, sources, grad_norms, normalized, needs, embeddings):
     for first in range(0, classes, at_a_time):
         last = min(first + at_a_time, classes)
         width, row_tiles = (last - first) * k, triton.cdiv(n, tile.rows)
-        v = torch.empty(n, width, dtype=operands.product, device=x.device)
         class_tiles = triton.cdiv(last - first, tile.columns)
+        # Whole tiles a row: the products want aligned rows.
+        v = torch.empty(n, class_tiles * tile.columns * k, dtype=held, device=x.device)
         scale_sums = scale.new_empty(class_tiles, n) if needs_scale else None
         with on_device_of(x):
             _gradient_kernel[(row_tiles, class_tiles)](
@@ -812,6 +814,7 @@ def _gradients(operands, sources, grad_norms, normalized, needs, embeddings):
                 last=last,
                 **score_tiles.launch_options(tile, operands.product, machine),
             )
+        v = v[:, :width]
         part = weight[first * k : last * k]
         if needs_x:
             grad_x += score_tiles.product(v, part)
@@ -930,7 +933,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
                     instructions=instruction,
                 )
             )
-        gradient = {"grad_target": computed, "v": f"*{score_tiles.short_name(kind)}"}
+        gradient = {"grad_target": computed, "v": f"*{score_tiles.short_name(gradient_dtype(kind))}"}
         by_lse = dict.fromkeys(("grad_lse", "grad_total", "lse"), computed)
         for variant, types, flags in (
             ("plain", by_lse, {"FROM": PROBABILITIES}),

@@ -83,6 +83,11 @@ def product_dtype(tensor: torch.Tensor, bfloat16_products: bool) -> torch.dtype:
     return torch.bfloat16 if rounds else tensor.dtype
 
 
+def gradient_dtype(product: torch.dtype) -> torch.dtype:
+    """The type that gradients of scores are held in: float16 would lose the small ones."""
+    return torch.float32 if product == torch.float16 else product
+
+
 def launch_options(tile: Tile, product: torch.dtype, machine: int) -> dict:
     """What all kernels here are launched with."""
     # The interpreter multiplies the bits of bfloat16.
@@ -106,9 +111,12 @@ def splits(tile: Tile, generation: int, rows: int, columns: int) -> tuple[int, i
     return triton.cdiv(tiles, each), each
 
 
-def columns_at_a_time(tile: Tile, generation: int, rows: int, each: int, size: int) -> int:
-    """How many columns of ``each`` vectors have gradients that fit, in whole tiles."""
-    fitting = GRADIENT_BYTES[generation] // (rows * each * size)
+def columns_at_a_time(
+    tile: Tile, generation: int, rows: int, dims: int, each: int, size: int
+) -> int:
+    """How many columns of ``each`` vectors have gradients that fit, in whole tiles: those of their
+    scores, ``size`` bytes each, and as much again for the vectors' own, up to four copies."""
+    fitting = GRADIENT_BYTES[generation] // (each * max(1, rows * size, 4 * dims * 4))
     return max(1, fitting // tile.columns) * tile.columns
 
 
