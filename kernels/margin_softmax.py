@@ -933,7 +933,10 @@ def compile_cases(generation: int) -> list[CompileCase]:
                     instructions=instruction,
                 )
             )
-        gradient = {"grad_target": computed, "v": f"*{score_tiles.short_name(gradient_dtype(kind))}"}
+        gradient = {
+            "grad_target": computed,
+            "v": f"*{score_tiles.short_name(gradient_dtype(kind))}",
+        }
         by_lse = dict.fromkeys(("grad_lse", "grad_total", "lse"), computed)
         for variant, types, flags in (
             ("plain", by_lse, {"FROM": PROBABILITIES}),

@@ -43,7 +43,7 @@ inline int threads_for(int64_t products) {
 // Rows of a batch that are taken at once: they stand in memory packed twice, and their gradient is
 // summed once for each part.
 inline int64_t rows_at_once(int64_t rows, int64_t dims, int parts, int64_t element_size) {
-  constexpr int64_t kBytes = int64_t{48} << 20;
+  constexpr int64_t kBytes = int64_t{40} << 20;
   constexpr int64_t kMultiple = 64;
   const int64_t fitting = kBytes / ((2 + parts) * (dims + 16) * element_size);
   const int64_t most = fitting < kMultiple ? kMultiple : fitting / kMultiple * kMultiple;
