@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
 
 .PHONY: demo test test-all lint format bench wheel wheel-cuda gpu clean
 
-demo: $(VENV)/demo.stamp ## install, build, run both operators on real input, save a picture
+demo: $(VENV)/demo.stamp ## install, build, run the operators on real input, save a picture
 	$(BIN)/python examples/demo.py
 
 test: lint ctest ## the fast set: C++ tests, then pytest with every backend

@@ -71,7 +71,8 @@ def margin_softmax_loss(
             lse = lse.logaddexp(scores(start, part.double()).logsumexp(1))
     cosine = (unit * F.normalize(own_w)).sum(1)
     rule, *numbers = margin.terms(x.detach().double().norm(dim=1), cosine.new_zeros(0))
-    value = margin_softmax_target(cosine, *(per_row(m, cosine) for m in numbers), rule)
+    m1, m2, m3 = (per_row(m, cosine) for m in numbers)
+    value = margin_softmax_target(cosine, m1, m2, m3, rule)
     if grad == "insightface":
         value = cosine + (value - cosine).detach()
     rows = (lse - s * value).exp().log1p()

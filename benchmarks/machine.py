@@ -13,7 +13,14 @@ import torch
 from fastzoo.testing import selftest
 from fastzoo.testing.timing import measure
 
-_PACKAGES = ("triton", "torchvision", "faiss-cpu", "opencv-python-headless", "numpy")
+_PACKAGES = (
+    "triton",
+    "torchvision",
+    "faiss-cpu",
+    "opencv-python-headless",
+    "pytorch-metric-learning",
+    "numpy",
+)
 
 
 def describe(device: str) -> dict[str, Any]:

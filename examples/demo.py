@@ -1,8 +1,9 @@
-"""Both operators on real input: checked, timed against other libraries, drawn.
+"""The operators on real input: checked, timed against other libraries, drawn.
 
 ``make demo`` runs it. It saves demo_output/demo.png.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,8 @@ sys.path.insert(0, str(ROOT))  # the benchmarks and their peers are not installe
 
 import fastzoo  # noqa: E402
 from benchmarks import report, results  # noqa: E402
-from benchmarks.rows import Problem, Row, implementations, measure_row  # noqa: E402
+from benchmarks.rows import Problem, Row, implementations, measure_case  # noqa: E402
+from examples import face_margin  # noqa: E402
 from fastzoo.testing import SPECS, BenchmarkCase  # noqa: E402
 
 OUTPUT = ROOT / "demo_output" / "demo.png"
@@ -32,6 +34,7 @@ PATCH = 4
 CODES = 256
 IMAGE = 640
 OBJECTS = 12
+STEPS = 100
 SCORE_THRESHOLD = 0.25
 IOU_THRESHOLD = 0.5
 INK, ACCENT = "#1b2a3a", "#e4572e"
@@ -104,6 +107,26 @@ def detect(objects: Tensor) -> tuple[Tensor, Tensor]:
     return boxes, scores
 
 
+# --- margin_softmax_loss: faces, or scans of digits ----------------------------------------------
+
+
+def learn_faces() -> None:
+    """Learn to tell views of one scan from views of others, none of which was trained with."""
+    known, unknown = face_margin.identities()
+    network, curve = face_margin.train(
+        face_margin.fused(),
+        known,
+        steps=STEPS,
+        shown=lambda steps: track(steps, "learning identities", console=console),
+    )
+    area, _ = face_margin.verify(network, unknown)
+    console.print(
+        f"{STEPS} steps with ArcFace over {len(known)} identities: loss {curve[0]:.2f} to "
+        f"{curve[-1]:.2f}; of {len(unknown)} identities never seen, a pair of views of one is "
+        f"closer than a pair of two {area:.1%} of the time."
+    )
+
+
 # --- checks and times ----------------------------------------------------------------------------
 
 
@@ -114,10 +137,14 @@ def as_case(name: str, op: str, args: tuple[Any, ...]) -> BenchmarkCase:
     return BenchmarkCase(name, {}, make, {}, known.flops, known.bytes)
 
 
-def compare(rows: list[Row]) -> list[dict[str, Any]]:
+def known_case(op: str, name: str) -> BenchmarkCase:
+    return next(case for case in SPECS[op].benchmarks if case.name == name)
+
+
+def compare(cases: list[list[Row]]) -> list[dict[str, Any]]:
     records = []
-    for row in track(rows, "checking and timing", console=console):
-        records.append(measure_row(row, budget=0.5))
+    for rows in track(cases, "checking and timing", console=console):
+        records += measure_case(rows, budget=0.5)
     return records
 
 
@@ -130,7 +157,12 @@ def confirm(answer: Tensor, definition: Tensor) -> None:
 def rows_of(op: str, case: BenchmarkCase) -> list[Row]:
     problem = Problem(SPECS[op], case, case.shape, "cpu")
     # Compiling takes longer than the rest of the demo.
-    found = [i for i in implementations(op, "cpu") if i.name != "torch.compile"]
+    found = [
+        implementation
+        for implementation in implementations(op, "cpu")
+        if implementation.name != "torch.compile"
+        and implementation.autocast in (None, case.autocast is not None)
+    ]
     return [Row(problem, implementation) for implementation in found]
 
 
@@ -141,7 +173,7 @@ def show(records: list[dict[str, Any]]) -> None:
     for op, case in dict.fromkeys((record["op"], record["case"]) for record in records):
         title = f"{op}, {case}"
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        table.add_column("", min_width=12)
+        table.add_column("", min_width=20)
         for heading in ("time", "times as long", "memory", "right answers"):
             table.add_column(heading, justify="right", min_width=11)
         ratios = results.ratios(measured, op, case)
@@ -153,6 +185,8 @@ def show(records: list[dict[str, Any]]) -> None:
                 absent[op, name] = record.get("reason") or record["error"]
                 continue
             right = "[green]✓ all[/green]"
+            if "deviation" in record:
+                right = f"[green]✓[/green] within {record['deviation']:.0e}"
             table.add_row(
                 name,
                 report.time_text(record["seconds"]),
@@ -270,9 +304,14 @@ def main() -> int:
         f"{SCORE_THRESHOLD}; nms kept {len(kept)}."
     )
     confirm(kept, fastzoo.reference.nms(boxes[strong], scores[strong], IOU_THRESHOLD))
+    console.rule("margin_softmax_loss: identities", align="left")
+    learn_faces()
     console.rule("against the definition and other libraries", align="left")
-    large = next(
-        case for case in SPECS["vq_nearest"].benchmarks if case.name == "4096 x 8192 x 256"
+    large = known_case("vq_nearest", "4096 x 8192 x 256")
+    pairs = dataclasses.replace(
+        known_case("clip_loss", "8192 x 8192 x 512"),
+        name="4096 x 4096 x 512",
+        shape={"n": 4096, "dim": 512},
     )
     strong_boxes = boxes[strong], scores[strong], IOU_THRESHOLD
     strong_case = as_case(f"{int(strong.sum()):,} boxes", "nms", strong_boxes)
@@ -281,8 +320,10 @@ def main() -> int:
         ("vq_nearest", large),
         ("nms", strong_case),
         ("nms", as_case(f"all {len(boxes):,} boxes", "nms", (boxes, scores, IOU_THRESHOLD))),
+        ("margin_softmax_loss", known_case("margin_softmax_loss", "128 x 85742 x 512")),
+        ("clip_loss", pairs),
     )
-    records = compare([row for op, case in cases for row in rows_of(op, case)])
+    records = compare([rows_of(op, case) for op, case in cases])
     show(records)
     draw(images, rebuilt, codebook, objects, boxes, scores, kept)
     console.print(f"\nsaved {OUTPUT.relative_to(ROOT)}")

@@ -11,7 +11,7 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +73,18 @@ class Embedder(nn.Sequential):
         super().__init__(*layers, nn.BatchNorm1d(EMBEDDING, affine=False))
 
 
-def train(loss: Loss, images: Tensor, *, steps: int, seed: int = 0) -> tuple[Embedder, Tensor]:
-    """The trained network and the loss of every step. Two runs differ in nothing but the loss."""
+def train(
+    loss: Loss,
+    images: Tensor,
+    *,
+    steps: int,
+    seed: int = 0,
+    shown: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> tuple[Embedder, Tensor]:
+    """The trained network and the loss of every step. Two runs differ in nothing but the loss.
+
+    ``shown`` iterates over the steps, and may show how far they have come.
+    """
     torch.manual_seed(seed)
     network, weight = Embedder(), nn.Parameter(0.05 * torch.randn(len(images), EMBEDDING))
     parameters = [*network.parameters(), weight]
@@ -82,14 +92,20 @@ def train(loss: Loss, images: Tensor, *, steps: int, seed: int = 0) -> tuple[Emb
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     curve = []
-    for _ in range(steps):
-        labels = torch.randint(len(images), (BATCH,), generator=generator)
-        value = loss(network(views(images[labels], generator)), weight, labels)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        curve.append(value.detach())
+    # Of so small a network a second thread does little, and on a busy machine it is waited for.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in shown(range(steps)):
+            labels = torch.randint(len(images), (BATCH,), generator=generator)
+            value = loss(network(views(images[labels], generator)), weight, labels)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            curve.append(value.detach())
+    finally:
+        torch.set_num_threads(threads)
     return network, torch.stack(curve)
 
 

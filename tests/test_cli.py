@@ -68,6 +68,22 @@ def test_selftest_measures_a_shape(capsys: pytest.CaptureFixture[str], tmp_path:
     assert f"nms [{record['backend']}]" in out
 
 
+def test_selftest_measures_a_loss_with_its_gradients(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ("--shape", "n=8", "classes=50", "dim=8")
+    status, out, _ = run(capsys, "selftest", "margin_softmax_loss", "--bench", *shape)
+    assert status == 0, out
+    assert "equal to reference" in out
+
+
+def test_selftest_does_not_measure_what_may_not_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastzoo.testing.selftest.room", lambda device: 100.0)
+    status, out, _ = run(capsys, "selftest", "nms", "--bench", "--shape", "n=50")
+    assert status == 0, out
+    assert "not measured, the eager formula needs" in out
+
+
 def test_selftest_fails_when_an_answer_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,5 @@
 """The examples, in short."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -11,16 +9,6 @@ from examples import face_margin
 from fastzoo import ops
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Small convolutions on a busy machine: a second thread mostly waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_training_through_the_fused_loss_follows_the_definition() -> None:
     known, _ = face_margin.identities()
     _, right = face_margin.train(face_margin.definition, known, steps=40)
@@ -29,7 +17,6 @@ def test_training_through_the_fused_loss_follows_the_definition() -> None:
     assert face_margin.largest_difference(curve, right)[-1] <= face_margin.ALLOWED
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_a_wrong_gradient_leaves_the_curve() -> None:
     def inexact(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         options = {"margin": face_margin.MARGIN, "scale": face_margin.SCALE}

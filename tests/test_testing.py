@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from fastzoo.testing import assert_gradient_close, assert_same_outputs, unit_roundoff
+from fastzoo.testing import (
+    assert_gradient_close,
+    assert_same_outputs,
+    deviation,
+    unit_roundoff,
+)
 from fastzoo.testing.nms import clustered_boxes, random_boxes
 from fastzoo.testing.timing import measure, peak_memory
 from fastzoo.testing.vq import random_codes, tolerance
@@ -46,6 +51,28 @@ def test_gradient_oracle_knows_cancellation() -> None:
     assert_gradient_close(tiny + 1e-9, tiny, rtol=1e-8, cancelled=1.0)
     with pytest.raises(AssertionError):
         assert_gradient_close(tiny + 1e-7, tiny, rtol=1e-8, cancelled=1.0)
+
+
+def test_deviation_sees_each_part_of_a_gradient() -> None:
+    value = torch.tensor(3.0, dtype=torch.double)
+    rows = torch.ones(1000, 4, dtype=torch.double)
+    rows[0] = 1e6  # a label's row hides the others in a norm
+    right = (value, rows, torch.tensor(0.1))
+    assert deviation(right, right) == 0
+    for number, fault, expected in (
+        (0, lambda t: t + 0.01, 0.01),  # of a large scalar absolute
+        (2, lambda t: t + 0.01, 0.1),  # of a small one relative
+        (1, lambda t: t.index_fill(0, torch.tensor([0]), 1.1e6), 0.1),
+        (1, lambda t: torch.cat([t[:1], t[1:] * 1.1]), 0.1),
+        (1, lambda t: t * torch.nan, torch.inf),
+        (1, lambda t: t[:-1], torch.inf),
+    ):
+        wrong = [*right]
+        wrong[number] = fault(right[number])
+        assert deviation(tuple(wrong), right) == pytest.approx(expected, rel=0.01)
+    nothing = (value, torch.zeros(3, 2), right[2])
+    assert deviation(nothing, nothing) == 0
+    assert deviation((value, torch.full((3, 2), 1e-30), right[2]), nothing) == torch.inf
 
 
 def test_outputs_oracle() -> None:

@@ -6,6 +6,7 @@ the classes of the batch and a random sample of the others take part, chosen ane
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def _head(x: Tensor, w: Tensor, labels: Tensor, margin: ops.ArcFace) -> Tensor:
         angles = logits.arccos_()
         moved = angles.gather(1, labels[:, None]) + margin.m
         logits = angles.scatter_(1, labels[:, None], moved).cos_()
-    return _CrossEntropy.apply(logits * margin.default_scale, labels)  # type: ignore[no-any-return]
+    apply: Callable[..., Tensor] = _CrossEntropy.apply
+    return apply(logits * margin.default_scale, labels)
 
 
 def _sample(classes: int, labels: Tensor, rate: float) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,6 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, s
   args.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   args.distance = distance.mutable_data_ptr();
 
-  constexpr int64_t kElementsWorthAThread = 32768;
   const auto grain = [](int64_t elements) { return 1 + kElementsWorthAThread / elements; };
   if (args.metric == Metric::l2) {
     const auto kernel = FASTZOO_SELECT_KERNEL(vq_centre);

@@ -46,10 +46,11 @@ struct PairSums {
   LogSum<C>* columns;
 };
 
-template <class T, class Scheme>
+// Rows of the sigmoid loss are plain sums, and have no columns beside them.
+template <class T, class Scheme, bool sigmoid>
 __global__ void __launch_bounds__(kTileThreads, Scheme::kBlocksEach)
     contrastive_scan(Rows<T> queries, Rows<T> keys, const typename Scheme::Value* scale_data,
-                     const typename Scheme::Value* bias_data, bool exclude_self, bool sigmoid,
+                     const typename Scheme::Value* bias_data, bool exclude_self,
                      PairSums<typename Scheme::Value> out) {
   using C = typename Scheme::Value;
   __shared__ TileSlabs<Scheme> slabs;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kTileThreads, Scheme::kBlocksEach)
   LogSum<C> sums[Scheme::kRowsEach];
   for (int64_t tile = blockIdx.y; tile * kTileColumns < keys.count; tile += gridDim.y) {
     const int64_t first_key = tile * kTileColumns;
-    auto z = product.multiply(queries, first_row, keys, first_key);
+    auto z = product.multiply(queries.from(first_row), keys.from(first_key));
     const int left = tile_left(keys.count, first_key, kTileColumns);
 #pragma unroll
     for (int i = 0; i < Scheme::kRowsEach; ++i) {
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kTileThreads, Scheme::kBlocksEach)
         z(i, j) = counts ? scale * z(i, j) + bias : -kInfinity<C>;
         largest = math::maximum(largest, z(i, j));
       }
-      if (sigmoid) {
+      if constexpr (sigmoid) {
 #pragma unroll
         for (int j = 0; j < Scheme::kColumnsEach; ++j) sums[i].sum += math::softplus(z(i, j));
       } else {
@@ -89,11 +90,11 @@ __global__ void __launch_bounds__(kTileThreads, Scheme::kBlocksEach)
         const C reference = sums[i].reference();
 #pragma unroll
         for (int j = 0; j < Scheme::kColumnsEach; ++j) {
-          sums[i].sum += math::exponential(z(i, j) - reference);
+          sums[i].sum += fast_exponential(z(i, j) - reference);
         }
       }
     }
-    if (out.columns == nullptr) continue;
+    if (sigmoid || out.columns == nullptr) continue;
 
 #pragma unroll
     for (int j = 0; j < Scheme::kColumnsEach; ++j) {
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kTileThreads, Scheme::kBlocksEach)
       const C reference = LogSum<C>::reference(largest);
       C sum = 0;
 #pragma unroll
-      for (int i = 0; i < Scheme::kRowsEach; ++i) sum += math::exponential(z(i, j) - reference);
+      for (int i = 0; i < Scheme::kRowsEach; ++i) sum += fast_exponential(z(i, j) - reference);
 #pragma unroll
       for (int flip = Scheme::kRowLanes; flip < kWarpSize; flip *= 2) {
         sum += shuffle_xor(sum, flip);
@@ -144,6 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive(const Tensor& queries, const Tens
                                                const Tensor& bias, bool exclude_self, bool columns,
                                                bool sigmoid, bool bfloat16_products) {
   using torch::stable::contiguous;
+  STD_TORCH_CHECK(!(sigmoid && columns), "fastzoo: contrastive: sigmoid has no columns");
   const int64_t rows = queries.size(0);
   const int64_t count = keys.size(0);
   const ScalarType compute = compute_dtype(queries.scalar_type());
@@ -171,8 +173,9 @@ std::tuple<Tensor, Tensor, Tensor> contrastive(const Tensor& queries, const Tens
                     kThreads, left, right, static_cast<const int64_t*>(p.const_data_ptr()),
                     scale_data, bias_data, static_cast<C*>(positive.mutable_data_ptr()));
       stream.launch(
-          "contrastive_scan", contrastive_scan<T, Scheme>, grid, kTileThreads, left, right,
-          scale_data, bias_data, exclude_self, sigmoid,
+          "contrastive_scan",
+          sigmoid ? contrastive_scan<T, Scheme, true> : contrastive_scan<T, Scheme, false>, grid,
+          kTileThreads, left, right, scale_data, bias_data, exclude_self,
           PairSums<C>{
               static_cast<LogSum<C>*>(row_sums.mutable_data_ptr()),
               column_work ? static_cast<LogSum<C>*>(column_sums.mutable_data_ptr()) : nullptr});

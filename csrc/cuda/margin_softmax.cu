@@ -113,6 +113,8 @@ __global__ void __launch_bounds__(kTileThreads, several ? 1 : Scheme::kBlocksEac
   __shared__ SharedArray<C, Scheme::kRows> row_factors;
   __shared__ SharedArray<C, Scheme::kRows> thresholds;
   __shared__ SharedArray<int64_t, Scheme::kRows> labels;
+  // A row's is touched by its first lane alone.
+  __shared__ SharedArray<C, Scheme::kRows> totals;
   // Those of the product under way, and of the one before, which others may still read.
   __shared__ SharedArray<C, 2 * kTileColumns> column_factors;
   const int thread = threadIdx.x;
@@ -133,7 +135,11 @@ __global__ void __launch_bounds__(kTileThreads, several ? 1 : Scheme::kBlocksEac
 
   TileProduct<Scheme, T> product(slabs);
   LogSum<C> sums[Scheme::kRowsEach];
-  C totals[Scheme::kRowsEach] = {};
+  const bool first_lane = thread % Scheme::kRowLanes == 0;
+#pragma unroll
+  for (int i = 0; i < Scheme::kRowsEach; ++i) {
+    if (first_lane) totals[Scheme::row(i)] = 0;
+  }
   int current = 0;
   for (int64_t tile = blockIdx.y; tile * kTileColumns < classes; tile += gridDim.y) {
     const int64_t first_class = tile * kTileColumns;
@@ -147,7 +153,7 @@ __global__ void __launch_bounds__(kTileThreads, several ? 1 : Scheme::kBlocksEac
       }
       Rows<T> centers = weight;
       centers.data += j * embeddings.dims;
-      auto dots = product.multiply(embeddings, first_row, centers, first_class);
+      auto dots = product.multiply(embeddings.from(first_row), centers.from(first_class));
 #pragma unroll
       for (int i = 0; i < Scheme::kRowsEach; ++i) {
         const C row_factor = row_factors[Scheme::row(i)];
@@ -173,40 +179,47 @@ __global__ void __launch_bounds__(kTileThreads, several ? 1 : Scheme::kBlocksEac
       for (int c = 0; c < Scheme::kColumnsEach; ++c) {
         const int column = Scheme::column(c);
         const C z = scale * math::negative_value(best(i, c), threshold, hardness, scores.filter);
-        const bool counts = column < left && column != own;
-        if (counts && out.totals != nullptr) {
-          const C* by_class = scores.class_weight;
-          totals[i] += by_class == nullptr ? z : by_class[first_class + column] * z;
-        }
-        best(i, c) = counts ? z : -kInfinity<C>;
+        best(i, c) = column < left && column != own ? z : -kInfinity<C>;
         largest = math::maximum(largest, best(i, c));
+      }
+      if (out.totals != nullptr) {
+        C total = 0;
+#pragma unroll
+        for (int c = 0; c < Scheme::kColumnsEach; ++c) {
+          const int column = Scheme::column(c);
+          if (column >= left || column == own) continue;
+          const C* by_class = scores.class_weight;
+          total += by_class == nullptr ? best(i, c) : by_class[first_class + column] * best(i, c);
+        }
+        total = row_sum<Scheme>(total);
+        if (first_lane) totals[tile_row] += total;
       }
       sums[i].raise(row_maximum<Scheme>(largest));
       const C reference = sums[i].reference();
 #pragma unroll
       for (int c = 0; c < Scheme::kColumnsEach; ++c) {
-        const C e = math::exponential(best(i, c) - reference);
-        sums[i].sum += e;
+        best(i, c) = fast_exponential(best(i, c) - reference);
+        sums[i].sum += best(i, c);
+      }
+      if (out.kept == nullptr || row >= rows) continue;
+#pragma unroll
+      for (int c = 0; c < Scheme::kColumnsEach; ++c) {
         const int column = Scheme::column(c);
-        if (out.kept != nullptr && column < left && row < rows) {
-          out.kept[(first_class + column) * rows + row] = BFloat16(static_cast<float>(e));
-        }
+        if (column >= left) continue;
+        out.kept[(first_class + column) * rows + row] = BFloat16(static_cast<float>(best(i, c)));
       }
-      if (out.kept != nullptr && thread % Scheme::kRowLanes == 0 && row < rows) {
-        out.kept_max[tile * rows + row] = sums[i].largest;
-      }
+      if (first_lane) out.kept_max[tile * rows + row] = sums[i].largest;
     }
   }
 
 #pragma unroll
   for (int i = 0; i < Scheme::kRowsEach; ++i) {
     const C sum = row_sum<Scheme>(sums[i].sum);
-    const C total = row_sum<Scheme>(totals[i]);
     const int64_t row = first_row + Scheme::row(i);
-    if (thread % Scheme::kRowLanes != 0 || row >= rows) continue;
+    if (!first_lane || row >= rows) continue;
     const int64_t part = blockIdx.y * rows + row;
     out.sums[part] = {sums[i].largest, sum};
-    if (out.totals != nullptr) out.totals[part] = {LogSum<C>::kNothing, total};
+    if (out.totals != nullptr) out.totals[part] = {LogSum<C>::kNothing, totals[Scheme::row(i)]};
   }
 }
 

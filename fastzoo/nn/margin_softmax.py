@@ -444,8 +444,8 @@ class ShardedMarginSoftmaxLoss(_Head):
 
     def extra_repr(self) -> str:
         here = self._classes()
-        parts = [super().extra_repr(), f"classes {here.start} to {here.stop}"]
-        return ", ".join([*parts, *([f"{self.sample_rate=}"[5:]] if self.sample_rate < 1 else [])])
+        sampled = f", sample_rate={self.sample_rate}" if self.sample_rate < 1 else ""
+        return f"{super().extra_repr()}, classes {here.start} to {here.stop}{sampled}"
 
 
 def _own_rows(batch: Batch, rows: Rows) -> Rows:

@@ -56,8 +56,8 @@ def _relative(a: Tensor, e: Tensor) -> float:
     if a.shape != e.shape:
         return math.inf
     if e.numel() == 1:
-        error = abs(a.item() - e.item()) / min(1.0, max(abs(e.item()), 1e-30))
-        return error if math.isfinite(error) else math.inf
+        off_by = abs(a.item() - e.item()) / min(1.0, max(abs(e.item()), 1e-30))
+        return off_by if math.isfinite(off_by) else math.inf
     if e.dim() == 1:
         a, e = a[None], e[None]
     zero = torch.zeros((), dtype=torch.float64, device=e.device)

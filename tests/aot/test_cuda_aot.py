@@ -93,7 +93,7 @@ def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:
     tiles = [body for name, body in sass if re.search("margin_softmax_scan|contrastive_scan", name)]
     rows = [body for name, body in sass if re.search("margin_softmax_factors|_positives", name)]
     assert len(keep) >= 4
-    assert len(tiles) == len(ARCHITECTURES) * (12 + 6)
+    assert len(tiles) == len(ARCHITECTURES) * (12 + 12)
     assert len(rows) == len(ARCHITECTURES) * (4 + 4)
     for body in keep:
         assert "LDS.128" in body

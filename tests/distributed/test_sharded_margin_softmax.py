@@ -275,6 +275,11 @@ def wrapped(folder: Path) -> None:
     problem = Problem()
     fine(problem.x[problem.rows].float(), problem.y[problem.rows]).backward()
     ignoring = model()
+    fully_shard(ignoring, ignored_params=set(ignoring.head.parameters()))
+    FullyShardedDataParallel(
+        (outer := model()), device_id=torch.device("cpu"), ignored_modules=[outer.head]
+    )
+    ignoring = model()
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ignoring, ["head.weight"])
     DistributedDataParallel(ignoring)
     torch.optim.SGD(ignoring.parameters(), 0.1)

@@ -88,6 +88,12 @@ FASTZOO_DEVICE void store_vector(T* address, const Vector<T, n>& vector) {
 
 FASTZOO_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FASTZOO_DEVICE double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+FASTZOO_DEVICE float fast_exponential(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 0x1.715476p+0f));  // log2(e)
+  return power;
+}
+FASTZOO_DEVICE double fast_exponential(double x) { return ::exp(x); }
 FASTZOO_DEVICE int population_count(uint32_t bits) { return __popc(bits); }
 
 template <MmaType type>

@@ -187,6 +187,8 @@ void store_vector(T* address, const Vector<T, n>& vector) {
 
 inline float fused_multiply_add(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline float fast_exponential(float x) { return std::exp(x); }
+inline double fast_exponential(double x) { return std::exp(x); }
 inline int population_count(uint32_t bits) { return __builtin_popcount(bits); }
 
 // Static, so that all threads of the block see one array; a block starts with it poisoned.

@@ -8,6 +8,7 @@
 //   atomic_add, atomic_max, atomic_exchange, load_volatile, thread_fence, wait_for_other_block
 //   load_vector<n>(p), store_vector(p, vector): whole 16-byte (or one 8-byte) accesses
 //   fused_multiply_add, population_count
+//   fast_exponential(x): of a float relatively within 2^-22 + |x| 2^-23, and 0 below 2^-126
 //   kManyBlocks: as many as keep a large device busy
 //   a.load_matrices(i), mma<type>(sums, a, b): products of small matrices, by the whole warp
 #pragma once

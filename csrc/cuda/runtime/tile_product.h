@@ -149,10 +149,10 @@ class SlabFetch {
   static_assert(kParts % kTileWarps == 0, "all warps fetch equally");
 
  public:
-  FASTZOO_DEVICE void fetch(const Rows<T>& matrix, int64_t first, int64_t d) {
+  FASTZOO_DEVICE void fetch(const Rows<T>& tile, int64_t d) {
 #pragma unroll
     for (int i = 0; i < kParts / kTileWarps; ++i) {
-      pieces_[i] = matrix.template load<Scheme::kPiece>(first + row(i), d + depth(i));
+      pieces_[i] = tile.template load<Scheme::kPiece>(row(i), d + depth(i));
     }
   }
   template <class Slab>
@@ -182,13 +182,13 @@ class TileProduct {
 
   FASTZOO_DEVICE explicit TileProduct(TileSlabs<Scheme>& slabs) : slabs_(slabs) {}
 
-  FASTZOO_DEVICE Products multiply(const Rows<T>& left, int64_t first_left, const Rows<T>& right,
-                                   int64_t first_right) {
+  // Of the tiles at the beginning of two matrices.
+  FASTZOO_DEVICE Products multiply(const Rows<T>& left, const Rows<T>& right) {
     SlabFetch<Scheme, T, Scheme::kRows> left_fetch;
     SlabFetch<Scheme, T, kTileColumns> right_fetch;
     Products products;
-    left_fetch.fetch(left, first_left, 0);
-    right_fetch.fetch(right, first_right, 0);
+    left_fetch.fetch(left, 0);
+    right_fetch.fetch(right, 0);
     for (int64_t d = 0;;) {
       // A thread that is a slab ahead of others fills the one that they no longer read.
       left_fetch.put(slabs_.left[current_]);
@@ -196,8 +196,8 @@ class TileProduct {
       sync_block();
       d += Scheme::kDepth;
       if (d < left.dims) {
-        left_fetch.fetch(left, first_left, d);
-        right_fetch.fetch(right, first_right, d);
+        left_fetch.fetch(left, d);
+        right_fetch.fetch(right, d);
       }
       Scheme::multiply_add(slabs_.left[current_], slabs_.right[current_], products);
       current_ ^= 1;
