@@ -15,7 +15,8 @@ import triton.language as tl
 from . import score_tiles
 from .runtime import CompileCase, generation, on_device_of
 from .score_tiles import (
-    TILES,
+    LARGE,
+    TALL,
     compute_dtype,
     finite,
     gradient_dtype,
@@ -23,7 +24,11 @@ from .score_tiles import (
     log_sum,
     product_dtype,
     score_tile,
+    tile_of,
 )
+
+FORWARD = {8: LARGE, 9: LARGE, 10: TALL}
+GRADIENT = dict.fromkeys((8, 9, 10), TALL)
 
 
 @triton.jit
@@ -220,7 +225,7 @@ def contrastive(
 
     kind = product_dtype(queries, bfloat16_products)
     machine = known(generation(queries))
-    tile = TILES[machine][kind]
+    tile = tile_of(machine, queries.dtype, kind, FORWARD)
     row_tiles = triton.cdiv(n, tile.rows)
     parts, tiles = score_tiles.splits(tile, machine, n, m)
     row_highest, row_sums = empty(parts, n), empty(parts, n)
@@ -272,7 +277,7 @@ def contrastive_backward(
     (n, dims), m = q.shape, k.shape[0]
     kind = product_dtype(q, bfloat16_products)
     machine = known(generation(q))
-    tile = TILES[machine][kind]
+    tile = tile_of(machine, q.dtype, kind, GRADIENT)
     grad_q = scale.new_zeros(n, dims)
     grad_k = torch.zeros_like(k) if needs_keys else k.new_empty(0)
     scale_sum, bias_sum = scale.new_zeros(1), scale.new_zeros(1)
@@ -332,9 +337,6 @@ def compile_cases(generation: int) -> list[CompileCase]:
     cases = []
     for name, stored, kind, instruction in score_tiles.COMPILED_TYPES:
         computed = "*fp64" if stored == "fp64" else "*fp32"
-        tile = TILES[machine][kind]
-        options = score_tiles.launch_options(tile, kind, machine)
-        blocks = {key: options.pop(key) for key in score_tiles.LAUNCH_CONSTANTS}
         operands = {
             "queries": f"*{stored}",
             "keys": f"*{stored}",
@@ -362,18 +364,21 @@ def compile_cases(generation: int) -> list[CompileCase]:
             if variant != "columns" and kind != torch.bfloat16:
                 continue
             off = dict.fromkeys(("EXCLUDE_SELF", "COLUMNS", "SIGMOID"), False)
-            for kernel, part, types in (
+            for kernel, part, large, types in (
                 (
                     _forward_kernel,
                     "forward",
+                    FORWARD,
                     {**operands, "tiles": "i32", **dict.fromkeys(forward, computed)},
                 ),
                 (
                     _gradient_kernel,
                     "gradient",
+                    GRADIENT,
                     {**operands, **gradient, **dict.fromkeys(backward, computed)},
                 ),
             ):
+                options, blocks = score_tiles.compile_options(machine, stored, kind, large)
                 cases.append(
                     CompileCase(
                         name=f"{part}-{variant}-{name}",

@@ -16,7 +16,9 @@ import triton.language as tl
 from . import score_tiles
 from .runtime import FUSED, CompileCase, generation, on_device_of
 from .score_tiles import (
-    TILES,
+    LARGE,
+    TALL,
+    Tile,
     compute_dtype,
     finite,
     gradient_dtype,
@@ -24,9 +26,14 @@ from .score_tiles import (
     log_sum,
     product_dtype,
     score_tile,
+    tile_of,
 )
 
 NORM_FLOOR = 1e-12
+# Of kernels without sub-centres, hard classes, sums or copies.
+PLAIN_FORWARD = {8: LARGE, 9: LARGE, 10: TALL}
+PLAIN_GRADIENT = dict.fromkeys((8, 9, 10), LARGE)
+
 KEPT_BLOCK = 64  # classes that share a reference of the kept copy
 TARGET_BLOCK = 256
 
@@ -471,6 +478,11 @@ class _Operands(NamedTuple):
     def classes(self) -> int:
         return self.weight.shape[0] // self.sub_centers
 
+    def tile(self, machine: int, large: dict[int, Tile], extras: bool) -> Tile:
+        """That of a kernel which may hold more than scores."""
+        extras = extras or self.sub_centers > 1 or self.threshold is not None
+        return tile_of(machine, self.x.dtype, self.product, None if extras else large)
+
     def common(self) -> dict:
         return {
             "x": self.x,
@@ -582,7 +594,7 @@ def margin_softmax_negatives(
     if n == 0:
         return empty(0), empty(0), total, empty(0), empty(0), kept, kept_max
     machine = known(generation(operands.x))
-    tile = TILES[machine][operands.product]
+    tile = operands.tile(machine, PLAIN_FORWARD, with_total or keep)
     parts, tiles = score_tiles.splits(tile, machine, n, classes)
     highest, sums = empty(parts, n), empty(parts, n)
     totals = empty(parts, n) if with_total else None
@@ -638,7 +650,7 @@ def margin_softmax_scores(
     n, classes = operands.x.shape[0], operands.classes
     scores = operands.scale.new_empty(n, classes)
     machine = known(generation(operands.x))
-    tile = TILES[machine][operands.product]
+    tile = operands.tile(machine, PLAIN_FORWARD, True)
     if n > 0:
         parts, tiles = score_tiles.splits(tile, machine, n, classes)
         with on_device_of(operands.x):
@@ -786,7 +798,8 @@ def _gradients(operands, sources, grad_norms, normalized, needs, embeddings):
     grad_x = scale.new_zeros(n, dims)
     grad_scale = scale.new_zeros(n)
     machine = known(generation(x))
-    tile = TILES[machine][operands.product]
+    extras = needs_scale or sources["WEIGHTED"] or sources["FROM"] != PROBABILITIES
+    tile = operands.tile(machine, PLAIN_GRADIENT, extras)
     held = gradient_dtype(operands.product)
     at_a_time = score_tiles.columns_at_a_time(tile, machine, n, dims, k, held.itemsize)
     rounded = x.to(held)
@@ -889,9 +902,6 @@ def compile_cases(generation: int) -> list[CompileCase]:
         )
     for name, stored, kind, instruction in score_tiles.COMPILED_TYPES:
         computed = "*fp64" if stored == "fp64" else "*fp32"
-        tile = TILES[machine][kind]
-        options = score_tiles.launch_options(tile, kind, machine)
-        blocks = {key: options.pop(key) for key in score_tiles.LAUNCH_CONSTANTS}
         operands = {
             "x": f"*{stored}",
             "weight": f"*{stored}",
@@ -916,6 +926,9 @@ def compile_cases(generation: int) -> list[CompileCase]:
         ):
             if variant in ("kept", "scores") and kind != torch.bfloat16:
                 continue
+            options, blocks = score_tiles.compile_options(
+                machine, stored, kind, PLAIN_FORWARD if variant == "plain" else None
+            )
             off = {
                 "K": 2 if variant == "everything" else 1,
                 **dict.fromkeys(("HARD", "WEIGHTED", "TOTAL", "KEEP", "SCORES"), False),
@@ -951,6 +964,9 @@ def compile_cases(generation: int) -> list[CompileCase]:
             if variant in ("kept", "scores") and kind != torch.bfloat16:
                 continue
             copies = variant == "kept"
+            options, blocks = score_tiles.compile_options(
+                machine, stored, kind, PLAIN_GRADIENT if variant == "plain" else None
+            )
             cases.append(
                 CompileCase(
                     name=f"gradient-{variant}-{name}",

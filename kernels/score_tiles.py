@@ -12,8 +12,9 @@ from .runtime import FUSED, INTERPRETER
 # A gradient of scores is held for as many columns at a time as fit in this many bytes.
 GRADIENT_BYTES = {INTERPRETER: 16 << 10, 8: 128 << 20, 9: 256 << 20, 10: 256 << 20}
 
-# Programs among which the columns of a forward are split, until each has a tile.
-PROGRAMS = {INTERPRETER: 4, 8: 216, 9: 264, 10: 296}
+# Programs among which the columns of a forward are split, until each has a tile: eight for each
+# multiprocessor, so that those which end last weigh little.
+PROGRAMS = {INTERPRETER: 4, 8: 864, 9: 1056, 10: 1184}
 
 TRITON_TYPES = {
     torch.float64: tl.float64,
@@ -44,7 +45,12 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By generation and the type of products.
+# Where operands are stored as they are multiplied, and a kernel holds little else. A tile of twice
+# the size reads half as much for a product; these are the largest that spill nothing.
+LARGE = Tile(128, 128, 64, 8, 3)
+TALL = Tile(128, 64, 64, 8, 3)
+
+# Elsewhere, by generation and the type of products.
 _HALF = Tile(64, 64, 64, 8, 3)
 _SINGLE = Tile(32, 64, 16, 8, 2)
 _DOUBLE = Tile(16, 64, 16, 4, 2)
@@ -71,6 +77,16 @@ def short_name(dtype: torch.dtype) -> str:
 def known(generation: int) -> int:
     """The newest generation in the tables that is not newer than this one."""
     return max(key for key in TILES if key <= generation)
+
+
+def tile_of(
+    machine: int, stored: torch.dtype, product: torch.dtype, large: dict[int, Tile] | None
+) -> Tile:
+    """The tile of a kernel, by generation from ``large`` where operands are plain halves."""
+    half = product in (torch.bfloat16, torch.float16) and stored == product
+    if large is not None and half and machine in large:
+        return large[machine]
+    return TILES[machine][product]
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -102,6 +118,15 @@ def launch_options(tile: Tile, product: torch.dtype, machine: int) -> dict:
         "num_stages": tile.num_stages,
         **FUSED,
     }
+
+
+def compile_options(
+    machine: int, stored: str, product: torch.dtype, large: dict[int, Tile] | None
+) -> tuple[dict, dict]:
+    """For the compile test: a launch's options and constants."""
+    types = {str(name): dtype for dtype, name in TRITON_TYPES.items()}
+    options = launch_options(tile_of(machine, types[stored], product, large), product, machine)
+    return options, {key: options.pop(key) for key in LAUNCH_CONSTANTS}
 
 
 def splits(tile: Tile, generation: int, rows: int, columns: int) -> tuple[int, int]:
@@ -139,18 +164,20 @@ def score_tile(
     """Dot products of rows with rows, operands rounded to PRODUCT, multiplied as OPERAND and
     summed in SUM. Within a tile offsets are of 32 bits, or pointers would fill the registers."""
     total = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-    left_row, right_row = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    # A row that is not there reads the tile's first instead: no mask of rows, less to hold.
+    left_row = tl.where(left_inside, tl.arange(0, BLOCK_M), 0)
+    right_row = tl.where(right_inside, tl.arange(0, BLOCK_N), 0)
     for start in range(0, dims, BLOCK_D):
         lane = start + tl.arange(0, BLOCK_D)
         exists = lane < dims
         a = tl.load(
             left + (left_row[:, None] * left_stride + lane[None, :]),
-            mask=left_inside[:, None] & exists[None, :],
+            mask=exists[None, :],
             other=0.0,
         )
         b = tl.load(
             right + (right_row[None, :] * right_stride + lane[:, None]),
-            mask=right_inside[None, :] & exists[:, None],
+            mask=exists[:, None],
             other=0.0,
         )
         a, b = a.to(PRODUCT).to(OPERAND), b.to(PRODUCT).to(OPERAND)

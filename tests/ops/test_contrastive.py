@@ -105,6 +105,21 @@ def test_positives_and_queue(backend: str) -> None:
     assert_same_with_gradients(moco, expected, [q, k, queue])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [-10.0, -17.0, -30.0])
+def test_unlikely_pairs_count(bias: float, backend: str) -> None:
+    """Each term of SigLIP's sum is near exp(z), below what 1 + exp(z) resolves in float32. Scores
+    of up to |bias| + 1 move it by that many of (16 + 8) 2^-24, the sum of 48 by 48 * 2^-24."""
+    q, k = (t.to(DEVICE) for t in random_pairs(48, 16))
+    one, shift = torch.ones(1, device=DEVICE), torch.full((1,), bias, device=DEVICE)
+    nowhere = torch.full((48,), -1, device=DEVICE)
+    operator = OPERATORS["contrastive"].choose(backend, DEVICE)
+    _, row, _ = operator(q, k, nowhere, one, shift, False, False, True, False)
+    expected = F.softplus(q.double() @ k.double().t() + bias, threshold=100.0).sum(1)
+    rtol = ((1 - bias) * 24 + 48) * 2.0**-24
+    torch.testing.assert_close(row.double(), expected, rtol=rtol, atol=0)
+
+
 def test_a_bias_shifts_no_softmax() -> None:
     image, text = pairs(11, 5)
     bias = torch.tensor(40.0, dtype=torch.float64, device=DEVICE, requires_grad=True)

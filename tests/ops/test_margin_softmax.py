@@ -395,6 +395,41 @@ def test_a_kept_copy_serves_the_backward(backend: str, monkeypatch: pytest.Monke
         assert_gradient_close(copied, exact.double(), rtol=2.0**-8)
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("reference", "cpu", "triton")])
+def test_a_kept_copy_leaves_the_scale_its_gradient(backend: str) -> None:
+    """The copy holds probabilities, no scores: it cannot serve the scale."""
+    x, w, y = faces(9, 70, 5, seed=6)
+    nothing = [x.new_empty(0) for _ in range(3)]
+    slopes = []
+    for keep in (False, True):
+        scale = torch.full((9,), 3.0, dtype=x.dtype, device=DEVICE, requires_grad=True)
+        operator = OPERATORS["margin_softmax_negatives"].choose(backend, DEVICE)
+        args = (x, w, y, scale, *nothing, 0.0, 1, True, True, False, False, keep)
+        slopes.append(torch.autograd.grad(operator(*args)[1].sum(), scale)[0])
+    assert slopes[0].abs().min() > 0
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_gradients_survive_float16(backend: str) -> None:
+    """A gradient's terms may lie below float16's range where their sum does not: only the sum is
+    rounded, by half a step of 2^-24 or 2^-11 of itself. In float32 scores of up to 8 of 32
+    dimensions move probabilities by 2 * 8 * (32 + 8) * 2^-24 < 2^-14."""
+    x, w, y = (t.to(DEVICE) for t in random_faces(40, 200, 32, seed=1))
+    leaves = [(4 * t).half().requires_grad_() for t in (x, w)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    grads = []
+    for pair, which in ((leaves, backend), (exact, "reference")):
+        loss = ops.margin_softmax_loss(
+            *pair, y, margin=ops.ArcFace(), scale=8.0, reduction="sum", backend=which
+        )
+        assert isinstance(loss, Tensor)
+        grads.append(torch.autograd.grad(loss * 2.0**-12, pair))
+    for a, e in zip(*grads, strict=True):
+        limit = 2.0**-25 + 2.0**-11 * e.abs() + 2.0**-14 * e.abs().max()
+        assert ((a - e).abs() <= limit).all()
+
+
 @pytest.mark.parametrize("name", ["arcface", "magface", "curricularface"])
 def test_autocast_rounds_products_alone(name: str) -> None:
     """In bfloat16 the loss stays near the exact one, and norms and target scores are exact."""
