@@ -255,6 +255,30 @@ def through_ddp(folder: Path) -> None:
         same(model.head.weight.grad, problem.own_weight(w.grad), name)
 
 
+def whole_head_through_ddp(folder: Path) -> None:
+    """A head with every class on every rank is any other module: DDP averages its gradients."""
+    problem = Problem(counts=(5, 2, 3, 7))
+    head = MarginSoftmaxLoss(problem.classes, DIM, MARGINS["arcface"], 4.0).double()
+    head.load_state_dict({"weight": problem.w})
+    model = Model(nn.Linear(DIM, DIM).double(), head)
+    alone = [p.detach().clone().requires_grad_() for p in model.backbone.parameters()]
+    wrapper = DistributedDataParallel(model)
+    wrapper(problem.x[problem.rows], problem.y[problem.rows]).backward()
+    w = problem.w.clone().requires_grad_()
+    parts = zip(
+        problem.x.split(list(problem.counts)), problem.y.split(list(problem.counts)), strict=True
+    )
+    losses = [
+        reference.margin_softmax_loss(
+            x @ alone[0].t() + alone[1], w, y, margin=MARGINS["arcface"], scale=4.0
+        )
+        for x, y in parts
+    ]
+    torch.stack(losses).mean().backward()  # type: ignore[arg-type]
+    for parameter, expected in zip(model.parameters(), [*alone, w], strict=True):
+        same(parameter.grad, expected.grad, "whole head")
+
+
 def wrapped(folder: Path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -394,6 +418,7 @@ CHECKS = {
         sampling,
         activation_checkpoint,
         through_ddp,
+        whole_head_through_ddp,
         wrapped,
         unlike_weights,
         a_label_of_no_class,
