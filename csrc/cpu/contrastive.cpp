@@ -133,9 +133,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_backward(
   const Tensor grad_keys = empty_if(needs_keys, queries, {args.keys_count, args.dims}, dtype);
   const Tensor grad_scale = empty_if(needs_scale, queries, {1}, in.compute());
   const Tensor grad_bias = empty_if(needs_scale, queries, {1}, in.compute());
-  if (needs_keys) {
-    ask_for_large_pages(grad_keys, args.keys_count * args.dims * element_size(dtype));
-  }
   if (args.queries_count == 0) torch::stable::zero_(const_cast<Tensor&>(grad_keys));
   const Tensor grad_scalars = torch::stable::new_zeros(queries, {2}, ScalarType::Double);
   args.grad_queries = grad_queries.mutable_data_ptr();

@@ -1,10 +1,6 @@
 // What the entries of the CPU operators share.
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <initializer_list>
 
 #include "../torch_abi.h"
@@ -57,19 +53,6 @@ inline const void* data_or_null(const Tensor& tensor) {
 inline Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> sizes,
                        ScalarType dtype) {
   return needed ? empty(like, sizes, dtype) : empty(like, {0}, dtype);
-}
-
-// Before a large output is written for the first time: memory that the system hands out in large
-// pages costs a few faults instead of one every 4 KiB.
-inline void ask_for_large_pages(const Tensor& output, int64_t bytes) {
-#if defined(__linux__)
-  constexpr int64_t kLargePage = int64_t{2} << 20;
-  if (bytes < 2 * kLargePage) return;
-  const intptr_t begin = reinterpret_cast<intptr_t>(output.mutable_data_ptr());
-  const intptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
-  const intptr_t last = (begin + bytes) / kLargePage * kLargePage;
-  madvise(reinterpret_cast<void*>(first), static_cast<size_t>(last - first), MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace fastzoo

@@ -139,7 +139,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_softma
   if (keep) {
     args.kept = static_cast<uint16_t*>(kept.mutable_data_ptr());
     args.kept_max = kept_max.mutable_data_ptr();
-    ask_for_large_pages(kept, args.classes * args.rows * element_size(ScalarType::BFloat16));
   }
   in.run();
   return {target, lse, total, embedding_norm, weight_norm, kept, kept_max};
@@ -167,10 +166,6 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(Inputs& in, const Tensor& grad_t
   const Tensor grad_weight =
       empty_if(needs_weight, in.embeddings, {args.classes * args.sub_centers, args.dims}, dtype);
   const Tensor grad_scale = empty_if(needs_scale, in.embeddings, {args.rows}, in.compute());
-  if (needs_weight) {
-    ask_for_large_pages(grad_weight,
-                        args.classes * args.sub_centers * args.dims * element_size(dtype));
-  }
   args.grad_embeddings = grad_embeddings.mutable_data_ptr();
   args.grad_weight = grad_weight.mutable_data_ptr();
   args.grad_scale = grad_scale.mutable_data_ptr();
