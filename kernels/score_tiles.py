@@ -53,7 +53,7 @@ TALL = Tile(128, 64, 64, 8, 3)
 # Elsewhere, by generation and the type of products.
 _HALF = Tile(64, 64, 64, 8, 3)
 _SINGLE = Tile(64, 64, 16, 8, 2)
-_DOUBLE = Tile(16, 64, 16, 4, 2)
+_DOUBLE = Tile(32, 64, 16, 8, 2)
 _INTERPRETED = Tile(32, 64, 32, 4, 1)
 _BY_TYPE = {
     torch.bfloat16: _HALF,
