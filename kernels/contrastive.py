@@ -12,12 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
+from fastzoo.reference.margin_softmax import compute_dtype
+
 from . import score_tiles
 from .runtime import CompileCase, generation, on_device_of
 from .score_tiles import (
     LARGE,
     TALL,
-    compute_dtype,
     finite,
     gradient_dtype,
     known,

@@ -13,13 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
+from fastzoo.reference.margin_softmax import KEPT_BLOCK, compute_dtype, inverse
+
 from . import score_tiles
 from .runtime import FUSED, CompileCase, generation, on_device_of
 from .score_tiles import (
     LARGE,
     TALL,
     Tile,
-    compute_dtype,
     finite,
     gradient_dtype,
     known,
@@ -29,12 +30,10 @@ from .score_tiles import (
     tile_of,
 )
 
-NORM_FLOOR = 1e-12
 # Of kernels without sub-centres, hard classes, sums or copies.
 PLAIN_FORWARD = {8: LARGE, 9: LARGE, 10: TALL}
 PLAIN_GRADIENT = dict.fromkeys((8, 9, 10), LARGE)
 
-KEPT_BLOCK = 64  # classes that share a reference of the kept copy
 TARGET_BLOCK = 256
 
 RULES = {
@@ -502,11 +501,6 @@ class _Operands(NamedTuple):
         }
 
 
-def _inverse(norm):
-    short = norm <= NORM_FLOOR
-    return torch.where(short, 0, 1 / torch.where(short, 1, norm))
-
-
 def _prepare(
     embeddings,
     weight,
@@ -525,8 +519,8 @@ def _prepare(
     x_norm = torch.linalg.vector_norm(x, dim=1, dtype=dtype)
     w_norm = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
     ones = torch.ones_like
-    x_inverse = _inverse(x_norm) if normalize_embeddings else ones(x_norm)
-    w_inverse = _inverse(w_norm) if normalize_weight else ones(w_norm)
+    x_inverse = inverse(x_norm) if normalize_embeddings else ones(x_norm)
+    w_inverse = inverse(w_norm) if normalize_weight else ones(w_norm)
 
     classes = weight.shape[0] // sub_centers
     known_label = (labels >= 0) & (labels < classes)
@@ -806,7 +800,7 @@ def _gradients(operands, sources, grad_norms, normalized, needs, embeddings):
     # What the gradient of a target's norm adds along its weight: sorted, so deterministic.
     by_norm = scale.new_zeros(weight.shape[0])
     known_row = operands.target_row.clamp(min=0)
-    part = torch.where(operands.target_row < 0, 0, grad_norms[1] * _inverse(operands.target_norm))
+    part = torch.where(operands.target_row < 0, 0, grad_norms[1] * inverse(operands.target_norm))
     by_norm.index_put_((known_row,), part, accumulate=True)
     for first in range(0, classes, at_a_time):
         last = min(first + at_a_time, classes)
@@ -836,18 +830,18 @@ def _gradients(operands, sources, grad_norms, normalized, needs, embeddings):
             values = part.to(grad.dtype)
             along = by_norm[first * k : last * k]
             if normalized[1]:
-                inverse = operands.w_inverse[first * k : last * k]
-                along = along - (grad * values).sum(1) * inverse * inverse
+                shrink = operands.w_inverse[first * k : last * k]
+                along = along - (grad * values).sum(1) * shrink * shrink
             grad_w[first * k : last * k] = torch.addcmul(grad, along[:, None], values)
         if needs_scale:
             grad_scale += scale_sums.sum(0)
     if not needs_x:
         grad_x = embeddings.new_empty(0)
     else:
-        values, inverse = x.to(grad_x.dtype), _inverse(operands.x_norm)
-        along = grad_norms[0] * inverse
+        values, shrink = x.to(grad_x.dtype), inverse(operands.x_norm)
+        along = grad_norms[0] * shrink
         if normalized[0]:
-            along = along - (grad_x * values).sum(1) * inverse * inverse
+            along = along - (grad_x * values).sum(1) * shrink * shrink
         grad_x = torch.addcmul(grad_x, along[:, None], values).to(embeddings.dtype)
     return grad_x, grad_w, grad_scale if needs_scale else grad_scale.new_empty(0)
 

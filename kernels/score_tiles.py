@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fastzoo.reference.margin_softmax import compute_dtype
+
 from .runtime import FUSED, INTERPRETER
 
 # A gradient of scores is held for as many columns at a time as fit in this many bytes.
@@ -87,10 +89,6 @@ def tile_of(
     if large is not None and half and machine in large:
         return large[machine]
     return TILES[machine][product]
-
-
-def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def product_dtype(tensor: torch.Tensor, bfloat16_products: bool) -> torch.dtype:

@@ -4,6 +4,7 @@ wanted."""
 import torch
 from torch import Tensor
 
+REDUCTIONS = ("mean", "sum", "none")
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -32,3 +33,15 @@ def check_same(first_name: str, first: Tensor, name: str, value: Tensor) -> None
         raise TypeError(
             f"{name}: expected the dtype of {first_name}, {first.dtype}, got {value.dtype}"
         )
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+
+
+def multiplies_in_bfloat16(operand: Tensor) -> bool:
+    """Whether products of a loss round their operands: bfloat16's own, and under autocast."""
+    if operand.dtype == torch.float64:
+        return False
+    return operand.dtype == torch.bfloat16 or torch.is_autocast_enabled(operand.device.type)

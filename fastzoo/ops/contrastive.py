@@ -8,13 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastzoo import reference
-from fastzoo.ops._checks import check_floating, check_same, check_tensor
+from fastzoo.ops._checks import (
+    check_floating,
+    check_reduction,
+    check_same,
+    check_tensor,
+    multiplies_in_bfloat16,
+)
 from fastzoo.ops._collectives import Batch, for_average, log_of_sum, sum_over
 from fastzoo.ops._operator import Operator
 from fastzoo.reference.contrastive import reduce
 from fastzoo.reference.margin_softmax import compute_dtype
 
-REDUCTIONS = ("mean", "sum", "none")
 _PUBLIC = ("clip_loss", "sigmoid_contrastive_loss", "info_nce", "nt_xent")
 
 
@@ -135,8 +140,7 @@ def info_nce(
     He et al., MoCo (2020), equation 1.
     """
     q, k = _check_pair("q", q, "k", k)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    check_reduction(reduction)
     n = q.shape[0]
     if positives is None:
         if k.shape[0] < n:
@@ -337,9 +341,6 @@ def _scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator: positive, row and column, as :func:`fastzoo.reference.contrastive` says."""
     device = queries.device.type
-    bfloat16 = queries.dtype == torch.bfloat16 or (
-        queries.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    )
     result: tuple[Tensor, Tensor, Tensor] = _CONTRASTIVE.choose(backend, device)(
         queries,
         keys,
@@ -349,6 +350,6 @@ def _scores(
         exclude_self,
         columns,
         sigmoid,
-        bfloat16,
+        multiplies_in_bfloat16(queries),
     )
     return result

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 
 from fastzoo import reference
-from fastzoo.ops._checks import check_floating, check_same, check_tensor
+from fastzoo.ops._checks import (
+    check_floating,
+    check_reduction,
+    check_same,
+    check_tensor,
+    multiplies_in_bfloat16,
+)
 from fastzoo.ops._operator import Operator
 from fastzoo.reference.margin_softmax import (
+    KEPT_BLOCK,
     compute_dtype,
     inverse,
     per_row,
@@ -26,10 +33,6 @@ from fastzoo.reference.margin_softmax import (
 )
 from fastzoo.reference.margins import Margin
 
-REDUCTIONS = ("mean", "sum", "none")
-
-# Classes that share one reference of the copy kept for the backward.
-KEPT_BLOCK = 64
 # What a backward with bfloat16 products keeps by default, in bytes.
 KEPT_BYTES = 32 << 20
 
@@ -466,12 +469,12 @@ def check_classes(
         )
     labels = labels.long()
     valid = valid_rows(labels, ignore_index)
-    device = embeddings.device.type
-    bfloat16 = weight.dtype == torch.bfloat16 or (
-        weight.dtype != torch.float64 and torch.is_autocast_enabled(device)
-    )
     operands = Classes(
-        embeddings.to(weight.dtype), weight, torch.where(valid, labels, -1), sub_centers, bfloat16
+        embeddings.to(weight.dtype),
+        weight,
+        torch.where(valid, labels, -1),
+        sub_centers,
+        multiplies_in_bfloat16(weight),
     )
     return operands, valid
 
@@ -485,8 +488,7 @@ def check_options(reduction: str, label_smoothing: float, grad: str, margin: Mar
         raise TypeError(
             f"margin: expected one of fastzoo.ops's margins, got {type(margin).__name__}"
         )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    check_reduction(reduction)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
     if grad not in ("exact", "insightface"):

@@ -20,6 +20,8 @@ SINE_FLOOR = 2.0**-12
 ANGLE_EDGE = 1e-3
 # Shorter vectors have no direction: their cosines are 0, and pass no gradient on.
 NORM_FLOOR = 1e-12
+# Classes that share one reference of the copy that kernels keep for the backward.
+KEPT_BLOCK = 64
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -490,7 +492,7 @@ def margin_softmax_negatives(
     else:
         total = torch.zeros_like(lse)
     n, classes = z.shape
-    blocks = -(-classes // 64)
+    blocks = -(-classes // KEPT_BLOCK)
     kept = weight.new_zeros((classes, n) if keep else (0,), dtype=torch.bfloat16)
     kept_max = z.new_zeros((blocks, n) if keep else (0,))
     return target, lse, total, scores.x_norm.clone(), norm, kept, kept_max
