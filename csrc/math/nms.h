@@ -4,30 +4,10 @@
 
 #include <cstdint>
 
+#include "boxes.h"
 #include "host_device.h"
 
 namespace fastzoo::math {
-
-// V is a scalar or the CPU's vector type.
-template <class V>
-struct Box {
-  V x1, y1, x2, y2, area;
-};
-
-template <class V>
-FASTZOO_HD V box_area(V x1, V y1, V x2, V y2) {
-  return (x2 - x1) * (y2 - y1);
-}
-
-// Intersection over union. 0/0 and NaN give NaN, which exceeds no threshold.
-template <class V>
-FASTZOO_HD V box_iou(const Box<V>& a, const Box<V>& b) {
-  const V zero = V(0);
-  const V w = maximum(zero, minimum(a.x2, b.x2) - maximum(a.x1, b.x1));
-  const V h = maximum(zero, minimum(a.y2, b.y2) - maximum(a.y1, b.y1));
-  const V inter = w * h;
-  return inter / (a.area + b.area - inter);
-}
 
 // The largest T not above `threshold`: for an overlap of type T, overlap > threshold in double
 // holds exactly when overlap > round_down<T>(threshold) holds in T.
