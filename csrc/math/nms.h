@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "boxes.h"
+#include "exact.h"
 #include "host_device.h"
 
 namespace fastzoo::math {
@@ -35,6 +36,32 @@ FASTZOO_HD uint64_t falling_key(double score) {
   if (is_nan(score)) return 0xffffffffffffffffull;
   const uint64_t bits = bits_as<uint64_t>(score + 0.0);
   return (bits >> 63) ? bits : 0x7fffffffffffffffull - bits;
+}
+
+// The rules that lower scores. Each decay is one rounding of T, whatever computes it.
+enum class Decay { linear, gaussian, hard };
+
+// What soft-NMS multiplies the score of a box with for its overlap with one that was taken. At
+// most 1; NaN decays nothing. `threshold` is rounded down to T.
+template <class T>
+FASTZOO_HD T soft_decay(T iou, Decay method, T threshold, double sigma) {
+  if (method == Decay::gaussian) {
+    if (is_nan(iou)) return T(1);
+    const double wide = iou;
+    return static_cast<T>(exact_exponential(-(wide * wide) / sigma));
+  }
+  if (!(iou > threshold)) return T(1);
+  return method == Decay::linear ? T(1) - iou : T(0);
+}
+
+// What matrix NMS takes the least of, over the boxes before one: of the gaussian method the
+// exponent of its decay, of the linear one the decay itself. `covered` is the largest overlap of
+// the earlier box with those before that. NaN counts for nothing; an iou of 0 changes nothing.
+template <class T>
+FASTZOO_HD double matrix_decay(T iou, T covered, Decay method, double sigma) {
+  const double wide = iou, most = covered;
+  if (method == Decay::gaussian) return sigma * (most * most - wide * wide);
+  return (1 - wide) / (1 - most);
 }
 
 }  // namespace fastzoo::math

@@ -1,0 +1,178 @@
+"""How much boxes overlap: the definitions."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastzoo.reference.exact import sine_cosine
+
+MEASURES = ("iou", "giou", "diou", "ciou")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What overlaps are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Areas of ``[..., 4]`` boxes (x1, y1, x2, y2)."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x2 - x1) * (y2 - y1)
+
+
+def box_intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Areas that ``[..., 4]`` boxes share, broadcast."""
+    low = torch.maximum(boxes1[..., :2], boxes2[..., :2])
+    high = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
+    width, height = (high - low).clamp(min=0).unbind(-1)
+    return width * height
+
+
+def box_overlap(
+    boxes1: Tensor, boxes2: Tensor, measure: str, pairwise: bool, eps: float
+) -> Tensor:
+    """``[N, M]`` if ``pairwise``, else ``[N]``: one of :data:`MEASURES` of two sets of boxes.
+
+    With ``eps`` in the denominators, as torchvision's losses have it; see the public functions.
+    """
+    boxes1, boxes2 = (b.to(compute_dtype(b.dtype)) for b in (boxes1, boxes2))
+    if pairwise:
+        boxes1, boxes2 = boxes1[:, None], boxes2[None]
+    intersection = box_intersection(boxes1, boxes2)
+    union = box_area(boxes1) + box_area(boxes2) - intersection
+    iou = intersection / (union + eps)
+    if measure == "iou":
+        return iou
+    hull_low = torch.minimum(boxes1[..., :2], boxes2[..., :2])
+    hull_high = torch.maximum(boxes1[..., 2:], boxes2[..., 2:])
+    hull_width, hull_height = (hull_high - hull_low).unbind(-1)
+    if measure == "giou":
+        hull = hull_width * hull_height
+        return iou - (hull - union) / (hull + eps)
+    diagonal = hull_width * hull_width + hull_height * hull_height
+    centres1, centres2 = ((b[..., :2] + b[..., 2:]) / 2 for b in (boxes1, boxes2))
+    dx, dy = (centres1 - centres2).unbind(-1)
+    diou = iou - (dx * dx + dy * dy) / (diagonal + eps)
+    if measure == "diou":
+        return diou
+    difference = _aspect(boxes2) - _aspect(boxes1)
+    v = 4 / math.pi**2 * (difference * difference)
+    alpha = (v / (1 - iou + v + eps)).detach()
+    return diou - alpha * v
+
+
+def _aspect(boxes: Tensor) -> Tensor:
+    width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
+    return torch.atan(width / height)
+
+
+def box_overlap_backward(
+    grad: Tensor, boxes1: Tensor, boxes2: Tensor, measure: str, pairwise: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both sets of boxes, given that of :func:`box_overlap`."""
+    with torch.enable_grad():
+        own = [b if b.requires_grad else b.detach().requires_grad_() for b in (boxes1, boxes2)]
+        result = box_overlap(*own, measure, pairwise, eps)
+        first, second = torch.autograd.grad(
+            result, own, grad, create_graph=any(t.requires_grad for t in (grad, boxes1, boxes2))
+        )
+    return first, second
+
+
+def rotated_columns(boxes: Tensor, degrees: bool) -> dict[str, Tensor]:
+    """What the overlap needs of ``[..., 5]`` boxes (cx, cy, width, height, angle), in float64."""
+    x, y, width, height, angle = boxes.double().unbind(-1)
+    sine, cosine = sine_cosine(angle, degrees)
+    return {
+        "x": x,
+        "y": y,
+        "width": width,
+        "height": height,
+        "angle": angle,
+        "sine": sine,
+        "cosine": cosine,
+        "radius": torch.sqrt(width * width + height * height) * 0.5,
+        "area": width * height + 0 * (x + y + angle),
+    }
+
+
+def rotated_iou(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+    """Intersection over union of rotated boxes, broadcast, in float64 and within [0, 1].
+
+    Put into the order of :func:`_precedes`, so that it is symmetric to the last bit. In the frame
+    in which the second box lies along the axes, its half sides being ``w`` and ``h``, the shared
+    area is the sum over the edges of the first of the integral of ``clamp(y, -h, h) dx`` within
+    ``-w <= x <= w``: no list of corners, no sorting, and nothing that a rounding can turn over.
+    """
+    swapped = _precedes(second, first)
+    a = {name: torch.where(swapped, second[name], first[name]) for name in first}
+    b = {name: torch.where(swapped, first[name], second[name]) for name in first}
+    dx, dy = a["x"] - b["x"], a["y"] - b["y"]
+    reach = a["radius"] + b["radius"]
+    equal = a["angle"] == b["angle"]
+    sine = torch.where(equal, 0.0, a["sine"] * b["cosine"] - a["cosine"] * b["sine"])
+    cosine = torch.where(equal, 1.0, a["cosine"] * b["cosine"] + a["sine"] * b["sine"])
+    x = dx * b["cosine"] + dy * b["sine"]
+    y = dy * b["cosine"] - dx * b["sine"]
+    ux, uy = a["width"] * 0.5 * cosine, a["width"] * 0.5 * sine
+    vx, vy = -(a["height"] * 0.5 * sine), a["height"] * 0.5 * cosine
+    corners = [
+        (x - ux - vx, y - uy - vy),
+        (x + ux - vx, y + uy - vy),
+        (x + ux + vx, y + uy + vy),
+        (x - ux + vx, y - uy + vy),
+    ]
+    w, h = b["width"] * 0.5, b["height"] * 0.5
+    edges = zip(corners, corners[1:] + corners[:1], strict=True)
+    area = torch.zeros_like(x)
+    for p, q in edges:
+        area = area + _area_under_edge(*p, *q, w, h)
+    smaller = _minimum(a["area"], b["area"])
+    shared = _maximum(torch.zeros_like(x), _minimum(-area, smaller))
+    apart = dx * dx + dy * dy > reach * reach
+    whole = (a["width"] > 0) & (a["height"] > 0) & (b["width"] > 0) & (b["height"] > 0)
+    shared = torch.where(apart | ~whole, 0.0, shared)
+    return shared / (first["area"] + second["area"] - shared)
+
+
+def _area_under_edge(px: Tensor, py: Tensor, qx: Tensor, qy: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    """The integral of ``clamp(y, -h, h) dx`` along the edge from p to q, within ``-w <= x <= w``."""
+    x0, x1 = _within(px, w), _within(qx, w)
+    slope = (qy - py) / (qx - px)
+    y0, y1 = py + slope * (x0 - px), py + slope * (x1 - px)
+    low, high = _minimum(y0, y1), _maximum(y0, y1)
+    start, stop = _within(low, h), _within(high, h)
+    mean = (start + stop) * 0.5
+    # Where the edge leaves the band, the parts outside count with the band's edge.
+    outside = (stop - start) * 0.5 * (((high - stop) - (start - low)) / (high - low))
+    mean = torch.where(start != stop, mean + outside, mean)
+    return torch.where(x0 == x1, 0.0, (x1 - x0) * mean)
+
+
+def _minimum(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(b < a, b, a)
+
+
+def _maximum(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(a < b, b, a)
+
+
+def _within(x: Tensor, limit: Tensor) -> Tensor:
+    return _maximum(-limit, _minimum(x, limit))
+
+
+def _precedes(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+    """A strict order of boxes."""
+    before = a["y"] < b["y"]
+    for name in ("x", "angle", "height", "width"):
+        before = torch.where(a[name] != b[name], a[name] < b[name], before)
+    return before
+
+
+def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, degrees: bool, pairwise: bool) -> Tensor:
+    """``[N, M]`` if ``pairwise``, else ``[N]``; see :func:`fastzoo.ops.box_iou_rotated`."""
+    dtype = compute_dtype(boxes1.dtype)
+    if pairwise:
+        boxes1, boxes2 = boxes1[:, None], boxes2[None]
+    return rotated_iou(rotated_columns(boxes1, degrees), rotated_columns(boxes2, degrees)).to(dtype)
