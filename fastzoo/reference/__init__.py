@@ -1,5 +1,6 @@
 """Every operator's definition in plain PyTorch: the oracle, and the fallback on any device."""
 
+from fastzoo.reference.boxes import box_iou_rotated, box_overlap, box_overlap_backward
 from fastzoo.reference.contrastive import (
     clip_loss,
     contrastive,
@@ -8,6 +9,7 @@ from fastzoo.reference.contrastive import (
     nt_xent,
     sigmoid_contrastive_loss,
 )
+from fastzoo.reference.detections import multiclass_nms, peak_nms
 from fastzoo.reference.margin_softmax import (
     margin_softmax_logits,
     margin_softmax_loss,
@@ -18,10 +20,14 @@ from fastzoo.reference.margin_softmax import (
     margin_softmax_target,
     margin_softmax_target_backward,
 )
-from fastzoo.reference.nms import nms
+from fastzoo.reference.nms import batched_nms, matrix_nms, nms, soft_nms, suppress, vote
 from fastzoo.reference.vq import vq_nearest, vq_nearest_backward
 
 __all__ = [
+    "batched_nms",
+    "box_iou_rotated",
+    "box_overlap",
+    "box_overlap_backward",
     "clip_loss",
     "contrastive",
     "contrastive_backward",
@@ -34,9 +40,15 @@ __all__ = [
     "margin_softmax_scores_backward",
     "margin_softmax_target",
     "margin_softmax_target_backward",
+    "matrix_nms",
+    "multiclass_nms",
     "nms",
     "nt_xent",
+    "peak_nms",
     "sigmoid_contrastive_loss",
+    "soft_nms",
+    "suppress",
+    "vote",
     "vq_nearest",
     "vq_nearest_backward",
 ]
