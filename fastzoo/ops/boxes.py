@@ -9,10 +9,10 @@ from torch import Tensor
 from fastzoo import reference
 from fastzoo.ops._checks import check_floating, check_reduction, check_same, check_tensor
 from fastzoo.ops._operator import Operator
+from fastzoo.reference.boxes import to_corners
 from fastzoo.reference.contrastive import reduce
 from fastzoo.reference.precision import compute_dtype
 
-FORMATS = ("xyxy", "xywh", "cxcywh")
 ANGLES = ("rad", "deg")
 _PUBLIC = (
     "box_iou",
@@ -113,18 +113,6 @@ def _overlap(
     overload = _BOX_OVERLAP.choose(backend, boxes1.device.type)
     result: Tensor = overload(boxes1, boxes2, measure, pairwise, float(eps))
     return result
-
-
-def to_corners(boxes: Tensor, fmt: str) -> Tensor:
-    """Boxes ``[N, 4]`` of a format of :data:`FORMATS` as (x1, y1, x2, y2)."""
-    if fmt not in FORMATS:
-        raise ValueError(f"fmt: expected one of {FORMATS}, got {fmt!r}")
-    if fmt == "xyxy":
-        return boxes
-    first, sides = boxes[:, :2], boxes[:, 2:]
-    if fmt == "cxcywh":
-        first = first - sides / 2
-    return torch.cat([first, first + sides], 1)
 
 
 def box_iou(

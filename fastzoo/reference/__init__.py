@@ -1,6 +1,18 @@
 """Every operator's definition in plain PyTorch: the oracle, and the fallback on any device."""
 
-from fastzoo.reference.boxes import box_iou_rotated, box_overlap, box_overlap_backward
+from fastzoo.reference.boxes import (
+    box_iou,
+    box_iou_rotated,
+    box_overlap,
+    box_overlap_backward,
+    complete_box_iou,
+    complete_box_iou_loss,
+    distance_box_iou,
+    distance_box_iou_loss,
+    generalized_box_iou,
+    generalized_box_iou_loss,
+    to_corners,
+)
 from fastzoo.reference.contrastive import (
     clip_loss,
     contrastive,
@@ -25,12 +37,19 @@ from fastzoo.reference.vq import vq_nearest, vq_nearest_backward
 
 __all__ = [
     "batched_nms",
+    "box_iou",
     "box_iou_rotated",
     "box_overlap",
     "box_overlap_backward",
     "clip_loss",
+    "complete_box_iou",
+    "complete_box_iou_loss",
     "contrastive",
     "contrastive_backward",
+    "distance_box_iou",
+    "distance_box_iou_loss",
+    "generalized_box_iou",
+    "generalized_box_iou_loss",
     "info_nce",
     "margin_softmax_logits",
     "margin_softmax_loss",
@@ -48,6 +67,7 @@ __all__ = [
     "sigmoid_contrastive_loss",
     "soft_nms",
     "suppress",
+    "to_corners",
     "vote",
     "vq_nearest",
     "vq_nearest_backward",

@@ -5,10 +5,24 @@ import math
 import torch
 from torch import Tensor
 
+from fastzoo.reference.contrastive import reduce
 from fastzoo.reference.exact import sine_cosine
 from fastzoo.reference.precision import compute_dtype
 
 MEASURES = ("iou", "giou", "diou", "ciou")
+FORMATS = ("xyxy", "xywh", "cxcywh")
+
+
+def to_corners(boxes: Tensor, fmt: str) -> Tensor:
+    """Boxes ``[..., 4]`` of a format of :data:`FORMATS` as (x1, y1, x2, y2)."""
+    if fmt not in FORMATS:
+        raise ValueError(f"fmt: expected one of {FORMATS}, got {fmt!r}")
+    if fmt == "xyxy":
+        return boxes
+    first, sides = boxes[..., :2], boxes[..., 2:]
+    if fmt == "cxcywh":
+        first = first - sides / 2
+    return torch.cat([first, first + sides], -1)
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -249,3 +263,44 @@ def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, degrees: bool, pairwise: boo
     if pairwise:
         boxes1, boxes2 = boxes1[:, None], boxes2[None]
     return rotated_iou(rotated_columns(boxes1, degrees), rotated_columns(boxes2, degrees)).to(dtype)
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
+    """See :func:`fastzoo.ops.box_iou`."""
+    return box_overlap(to_corners(boxes1, fmt), to_corners(boxes2, fmt), "iou", True, 0.0)
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """See :func:`fastzoo.ops.generalized_box_iou`."""
+    return box_overlap(boxes1, boxes2, "giou", True, 0.0)
+
+
+def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    """See :func:`fastzoo.ops.distance_box_iou`."""
+    return box_overlap(boxes1, boxes2, "diou", True, eps)
+
+
+def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    """See :func:`fastzoo.ops.complete_box_iou`."""
+    return box_overlap(boxes1, boxes2, "ciou", True, eps)
+
+
+def generalized_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    """See :func:`fastzoo.ops.generalized_box_iou_loss`."""
+    return reduce(1 - box_overlap(boxes1, boxes2, "giou", False, eps), reduction)
+
+
+def distance_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    """See :func:`fastzoo.ops.distance_box_iou_loss`."""
+    return reduce(1 - box_overlap(boxes1, boxes2, "diou", False, eps), reduction)
+
+
+def complete_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    """See :func:`fastzoo.ops.complete_box_iou_loss`."""
+    return reduce(1 - box_overlap(boxes1, boxes2, "ciou", False, eps), reduction)
