@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastzoo.reference.margin_softmax import compute_dtype
+from fastzoo.reference.precision import compute_dtype
 
 from . import score_tiles
 from .runtime import CompileCase, generation, on_device_of

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fastzoo.reference.margin_softmax import KEPT_BLOCK, compute_dtype, inverse
+from fastzoo.reference.margin_softmax import KEPT_BLOCK, inverse
+from fastzoo.reference.precision import compute_dtype
 
 from . import score_tiles
 from .runtime import FUSED, CompileCase, generation, on_device_of

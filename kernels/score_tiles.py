@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastzoo.reference.margin_softmax import compute_dtype
+from fastzoo.reference.precision import compute_dtype
 
 from .runtime import FUSED, INTERPRETER
 

@@ -23,7 +23,8 @@ from fastzoo.ops.margin_softmax import (
     state_of,
     target_cosine,
 )
-from fastzoo.reference.margin_softmax import compute_dtype, reduce_rows, row_weights, valid_rows
+from fastzoo.reference.margin_softmax import reduce_rows, row_weights, valid_rows
+from fastzoo.reference.precision import compute_dtype
 
 WRAPPED = "classes differ per rank: wrap the backbone only"
 

@@ -1,9 +1,30 @@
 """The public operators: checked arguments, one dispatcher operator each, any backend."""
 
+from fastzoo.ops.boxes import (
+    box_iou,
+    box_iou_rotated,
+    complete_box_iou,
+    complete_box_iou_loss,
+    distance_box_iou,
+    distance_box_iou_loss,
+    generalized_box_iou,
+    generalized_box_iou_loss,
+)
 from fastzoo.ops.contrastive import clip_loss, info_nce, nt_xent, sigmoid_contrastive_loss
+from fastzoo.ops.detections import Detections, multiclass_nms, peak_nms
 from fastzoo.ops.margin_softmax import margin_softmax_logits, margin_softmax_loss
-from fastzoo.ops.nms import nms
+from fastzoo.ops.nms import (
+    batched_nms,
+    matrix_nms,
+    nms,
+    nms_1d,
+    nms_match,
+    nms_rotated,
+    soft_nms,
+    weighted_nms,
+)
 from fastzoo.ops.vq import vq_nearest
+from fastzoo.reference.detections import Deltas, Distances, Grid
 from fastzoo.reference.margins import (
     AdaFace,
     ArcFace,
@@ -23,17 +44,38 @@ __all__ = [
     "Combined",
     "CosFace",
     "CurricularFace",
+    "Deltas",
+    "Detections",
+    "Distances",
+    "Grid",
     "LSoftmax",
     "MagFace",
     "Margin",
     "Plain",
     "SphereFace",
+    "batched_nms",
+    "box_iou",
+    "box_iou_rotated",
     "clip_loss",
+    "complete_box_iou",
+    "complete_box_iou_loss",
+    "distance_box_iou",
+    "distance_box_iou_loss",
+    "generalized_box_iou",
+    "generalized_box_iou_loss",
     "info_nce",
     "margin_softmax_logits",
     "margin_softmax_loss",
+    "matrix_nms",
+    "multiclass_nms",
     "nms",
+    "nms_1d",
+    "nms_match",
+    "nms_rotated",
     "nt_xent",
+    "peak_nms",
     "sigmoid_contrastive_loss",
+    "soft_nms",
     "vq_nearest",
+    "weighted_nms",
 ]

@@ -40,6 +40,19 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
 
 
+def check_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name}: expected at least 0, got {value}")
+    return value
+
+
+def at_most(name: str, limit: int | None) -> int:
+    """A limit as the operators take it: -1 for none."""
+    return -1 if limit is None else check_count(name, limit)
+
+
 def multiplies_in_bfloat16(operand: Tensor) -> bool:
     """Whether products of a loss round their operands: bfloat16's own, and under autocast."""
     if operand.dtype == torch.float64:

@@ -18,7 +18,7 @@ from fastzoo.ops._checks import (
 from fastzoo.ops._collectives import Batch, for_average, log_of_sum, sum_over
 from fastzoo.ops._operator import Operator
 from fastzoo.reference.contrastive import reduce
-from fastzoo.reference.margin_softmax import compute_dtype
+from fastzoo.reference.precision import compute_dtype
 
 _PUBLIC = ("clip_loss", "sigmoid_contrastive_loss", "info_nce", "nt_xent")
 

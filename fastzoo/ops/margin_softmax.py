@@ -22,7 +22,6 @@ from fastzoo.ops._checks import (
 from fastzoo.ops._operator import Operator
 from fastzoo.reference.margin_softmax import (
     KEPT_BLOCK,
-    compute_dtype,
     inverse,
     per_row,
     reduce_rows,
@@ -32,6 +31,7 @@ from fastzoo.reference.margin_softmax import (
     valid_rows,
 )
 from fastzoo.reference.margins import Margin
+from fastzoo.reference.precision import compute_dtype
 
 # What a backward with bfloat16 products keeps by default, in bytes.
 KEPT_BYTES = 32 << 20

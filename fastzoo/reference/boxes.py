@@ -5,14 +5,24 @@ import math
 import torch
 from torch import Tensor
 
+from fastzoo.reference.contrastive import reduce
 from fastzoo.reference.exact import sine_cosine
+from fastzoo.reference.precision import compute_dtype
 
 MEASURES = ("iou", "giou", "diou", "ciou")
+FORMATS = ("xyxy", "xywh", "cxcywh")
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What overlaps are computed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def to_corners(boxes: Tensor, fmt: str) -> Tensor:
+    """Boxes ``[..., 4]`` of a format of :data:`FORMATS` as (x1, y1, x2, y2)."""
+    if fmt not in FORMATS:
+        raise ValueError(f"fmt: expected one of {FORMATS}, got {fmt!r}")
+    if fmt == "xyxy":
+        return boxes
+    first, sides = boxes[..., :2], boxes[..., 2:]
+    if fmt == "cxcywh":
+        first = first - sides / 2
+    return torch.cat([first, first + sides], -1)
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -29,14 +39,12 @@ def box_intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return width * height
 
 
-def box_overlap(
-    boxes1: Tensor, boxes2: Tensor, measure: str, pairwise: bool, eps: float
-) -> Tensor:
+def box_overlap(boxes1: Tensor, boxes2: Tensor, measure: str, pairwise: bool, eps: float) -> Tensor:
     """``[N, M]`` if ``pairwise``, else ``[N]``: one of :data:`MEASURES` of two sets of boxes.
 
     With ``eps`` in the denominators, as torchvision's losses have it; see the public functions.
     """
-    boxes1, boxes2 = (b.to(compute_dtype(b.dtype)) for b in (boxes1, boxes2))
+    boxes1, boxes2 = (b.to(compute_dtype(b)) for b in (boxes1, boxes2))
     if pairwise:
         boxes1, boxes2 = boxes1[:, None], boxes2[None]
     intersection = box_intersection(boxes1, boxes2)
@@ -44,22 +52,32 @@ def box_overlap(
     iou = intersection / (union + eps)
     if measure == "iou":
         return iou
-    hull_low = torch.minimum(boxes1[..., :2], boxes2[..., :2])
-    hull_high = torch.maximum(boxes1[..., 2:], boxes2[..., 2:])
-    hull_width, hull_height = (hull_high - hull_low).unbind(-1)
+    width, height = _hull(boxes1, boxes2)
     if measure == "giou":
-        hull = hull_width * hull_height
+        hull = width * height
         return iou - (hull - union) / (hull + eps)
-    diagonal = hull_width * hull_width + hull_height * hull_height
-    centres1, centres2 = ((b[..., :2] + b[..., 2:]) / 2 for b in (boxes1, boxes2))
-    dx, dy = (centres1 - centres2).unbind(-1)
-    diou = iou - (dx * dx + dy * dy) / (diagonal + eps)
+    dx, dy = _between_centres(boxes1, boxes2)
+    diou = iou - (dx * dx + dy * dy) / (width * width + height * height + eps)
     if measure == "diou":
         return diou
     difference = _aspect(boxes2) - _aspect(boxes1)
     v = 4 / math.pi**2 * (difference * difference)
     alpha = (v / (1 - iou + v + eps)).detach()
     return diou - alpha * v
+
+
+def _hull(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """Width and height of the box around both."""
+    low = torch.minimum(boxes1[..., :2], boxes2[..., :2])
+    high = torch.maximum(boxes1[..., 2:], boxes2[..., 2:])
+    width, height = (high - low).unbind(-1)
+    return width, height
+
+
+def _between_centres(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    centres1, centres2 = ((b[..., :2] + b[..., 2:]) / 2 for b in (boxes1, boxes2))
+    dx, dy = (centres1 - centres2).unbind(-1)
+    return dx, dy
 
 
 def _aspect(boxes: Tensor) -> Tensor:
@@ -70,14 +88,81 @@ def _aspect(boxes: Tensor) -> Tensor:
 def box_overlap_backward(
     grad: Tensor, boxes1: Tensor, boxes2: Tensor, measure: str, pairwise: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of both sets of boxes, given that of :func:`box_overlap`."""
-    with torch.enable_grad():
-        own = [b if b.requires_grad else b.detach().requires_grad_() for b in (boxes1, boxes2)]
-        result = box_overlap(*own, measure, pairwise, eps)
-        first, second = torch.autograd.grad(
-            result, own, grad, create_graph=any(t.requires_grad for t in (grad, boxes1, boxes2))
+    """Gradients of both sets of boxes, given that of :func:`box_overlap`.
+
+    Of equal arguments of a minimum or a maximum each gets half.
+    """
+    dtypes = boxes1.dtype, boxes2.dtype
+    boxes1, boxes2 = (b.to(compute_dtype(b)) for b in (boxes1, boxes2))
+    if pairwise:
+        boxes1, boxes2 = boxes1[:, None], boxes2[None]
+    intersection = box_intersection(boxes1, boxes2)
+    union = box_area(boxes1) + box_area(boxes2) - intersection
+    iou = intersection / (union + eps)
+    # What the measure changes by with the union, the hull's sides, the centres' distance along x
+    # and y, and the difference of the aspects.
+    by_union = -grad * iou / (union + eps)
+    by_hull = by_centre = by_aspect = None
+    if measure == "giou":
+        width, height = _hull(boxes1, boxes2)
+        hull = width * height + eps
+        by_union = by_union + grad / hull
+        shrinking = -grad * (union + eps) / (hull * hull)
+        by_hull = shrinking * height, shrinking * width
+    elif measure != "iou":
+        width, height = _hull(boxes1, boxes2)
+        dx, dy = _between_centres(boxes1, boxes2)
+        diagonal = width * width + height * height + eps
+        growing = 2 * grad * (dx * dx + dy * dy) / (diagonal * diagonal)
+        by_hull = growing * width, growing * height
+        by_centre = -2 * grad * dx / diagonal, -2 * grad * dy / diagonal
+    if measure == "ciou":
+        difference = _aspect(boxes2) - _aspect(boxes1)
+        v = 4 / math.pi**2 * (difference * difference)
+        alpha = (v / (1 - iou + v + eps)).detach()
+        by_aspect = -8 / math.pi**2 * grad * alpha * difference
+    by_intersection = grad / (union + eps) - by_union
+
+    def of(own: Tensor, other: Tensor, sign: int) -> Tensor:
+        """The gradient of one side of the pair; differences are other minus own for sign -1."""
+        sides = (own[..., 2:] - own[..., :2]).unbind(-1)
+        shared = torch.minimum(own[..., 2:], other[..., 2:]) - torch.maximum(
+            own[..., :2], other[..., :2]
         )
-    return first, second
+        lows, highs = [], []
+        for axis in (0, 1):
+            across = 1 - axis
+            low, other_low = own[..., axis], other[..., axis]
+            high, other_high = own[..., axis + 2], other[..., axis + 2]
+            by_shared = torch.where(
+                shared[..., axis] >= 0, by_intersection * shared[..., across].clamp(min=0), 0
+            )
+            by_side = by_union * sides[across]
+            if by_aspect is not None:
+                square = sides[0] * sides[0] + sides[1] * sides[1]
+                turn = (sides[1] if axis == 0 else -sides[0]) / square
+                by_side = by_side - sign * by_aspect * turn
+            by_low = -by_shared * _share(low, other_low) - by_side
+            by_high = by_shared * _share(other_high, high) + by_side
+            if by_hull is not None:
+                by_low = by_low - by_hull[axis] * _share(other_low, low)
+                by_high = by_high + by_hull[axis] * _share(high, other_high)
+            if by_centre is not None:
+                by_low = by_low + sign * by_centre[axis] / 2
+                by_high = by_high + sign * by_centre[axis] / 2
+            lows.append(by_low)
+            highs.append(by_high)
+        return torch.stack(lows + highs, -1)
+
+    first, second = of(boxes1, boxes2, 1), of(boxes2, boxes1, -1)
+    if pairwise:
+        first, second = first.sum(1), second.sum(0)
+    return first.to(dtypes[0]), second.to(dtypes[1])
+
+
+def _share(larger: Tensor, smaller: Tensor) -> Tensor:
+    """1 where the first is the larger, 1/2 where they are equal, 0 elsewhere."""
+    return (larger > smaller).to(larger.dtype) + (larger == smaller).to(larger.dtype) / 2
 
 
 def rotated_columns(boxes: Tensor, degrees: bool) -> dict[str, Tensor]:
@@ -136,8 +221,10 @@ def rotated_iou(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
     return shared / (first["area"] + second["area"] - shared)
 
 
-def _area_under_edge(px: Tensor, py: Tensor, qx: Tensor, qy: Tensor, w: Tensor, h: Tensor) -> Tensor:
-    """The integral of ``clamp(y, -h, h) dx`` along the edge from p to q, within ``-w <= x <= w``."""
+def _area_under_edge(
+    px: Tensor, py: Tensor, qx: Tensor, qy: Tensor, w: Tensor, h: Tensor
+) -> Tensor:
+    """The integral of ``clamp(y, -h, h) dx`` along the edge from p to q, where ``|x| <= w``."""
     x0, x1 = _within(px, w), _within(qx, w)
     slope = (qy - py) / (qx - px)
     y0, y1 = py + slope * (x0 - px), py + slope * (x1 - px)
@@ -172,7 +259,48 @@ def _precedes(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
 
 def box_iou_rotated(boxes1: Tensor, boxes2: Tensor, degrees: bool, pairwise: bool) -> Tensor:
     """``[N, M]`` if ``pairwise``, else ``[N]``; see :func:`fastzoo.ops.box_iou_rotated`."""
-    dtype = compute_dtype(boxes1.dtype)
+    dtype = compute_dtype(boxes1)
     if pairwise:
         boxes1, boxes2 = boxes1[:, None], boxes2[None]
     return rotated_iou(rotated_columns(boxes1, degrees), rotated_columns(boxes2, degrees)).to(dtype)
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
+    """See :func:`fastzoo.ops.box_iou`."""
+    return box_overlap(to_corners(boxes1, fmt), to_corners(boxes2, fmt), "iou", True, 0.0)
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """See :func:`fastzoo.ops.generalized_box_iou`."""
+    return box_overlap(boxes1, boxes2, "giou", True, 0.0)
+
+
+def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    """See :func:`fastzoo.ops.distance_box_iou`."""
+    return box_overlap(boxes1, boxes2, "diou", True, eps)
+
+
+def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    """See :func:`fastzoo.ops.complete_box_iou`."""
+    return box_overlap(boxes1, boxes2, "ciou", True, eps)
+
+
+def generalized_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    """See :func:`fastzoo.ops.generalized_box_iou_loss`."""
+    return reduce(1 - box_overlap(boxes1, boxes2, "giou", False, eps), reduction)
+
+
+def distance_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    """See :func:`fastzoo.ops.distance_box_iou_loss`."""
+    return reduce(1 - box_overlap(boxes1, boxes2, "diou", False, eps), reduction)
+
+
+def complete_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    """See :func:`fastzoo.ops.complete_box_iou_loss`."""
+    return reduce(1 - box_overlap(boxes1, boxes2, "ciou", False, eps), reduction)

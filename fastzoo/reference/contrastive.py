@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastzoo.reference.margin_softmax import compute_dtype
+from fastzoo.reference.precision import compute_dtype
 
 
 def info_nce(

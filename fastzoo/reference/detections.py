@@ -6,9 +6,9 @@ import math
 import torch
 from torch import Tensor
 
-from fastzoo.reference.boxes import compute_dtype
 from fastzoo.reference.exact import exponential, sigmoid
 from fastzoo.reference.nms import batched_nms, falling_order, nms
+from fastzoo.reference.precision import compute_dtype
 
 GRID_FORMS = ("yolov3", "yolov5", "yolox")
 
@@ -109,7 +109,7 @@ def decode_boxes(
             are boxes.
         weights, clip: of :class:`Deltas`.
     """
-    dtype = compute_dtype(offsets.dtype)
+    dtype = compute_dtype(offsets)
     if not decode:
         return offsets.to(dtype)
     t0, t1, t2, t3 = offsets.double().unbind(-1)
@@ -159,7 +159,7 @@ def multiclass_nms(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastzoo.ops.multiclass_nms`; -1 stands for no limit, ``priors`` may be empty."""
     images, _, classes = scores.shape
-    dtype = compute_dtype(boxes.dtype)
+    dtype = compute_dtype(boxes)
     num = torch.zeros(images, dtype=torch.int64, device=boxes.device)
     padded_boxes = torch.zeros(images, max_detections, 4, dtype=dtype, device=boxes.device)
     padded_scores = torch.zeros(images, max_detections, dtype=dtype, device=boxes.device)
@@ -204,7 +204,7 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 
 def peak_nms(heatmap: Tensor, kernel: int, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastzoo.ops.peak_nms`."""
-    images, classes, height, width = heatmap.shape
+    images, _, height, width = heatmap.shape
     reach = kernel // 2
     padded = torch.nn.functional.pad(heatmap.double(), [reach] * 4, value=-torch.inf)
     peak = torch.ones_like(heatmap, dtype=torch.bool)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastzoo.reference.margins import Margin
+from fastzoo.reference.precision import compute_dtype
 
 # Below this sine the derivative of an angle is held, so that it is finite at cosines of +-1.
 SINE_FLOOR = 2.0**-12
@@ -22,11 +23,6 @@ ANGLE_EDGE = 1e-3
 NORM_FLOOR = 1e-12
 # Classes that share one reference of the copy that kernels keep for the backward.
 KEPT_BLOCK = 64
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """What an operator computes in, and returns: float64 for float64, float32 for the rest."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def margin_softmax_loss(

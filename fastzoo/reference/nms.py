@@ -13,11 +13,11 @@ from torch import Tensor
 from fastzoo.reference.boxes import (
     box_area,
     box_intersection,
-    compute_dtype,
     rotated_columns,
     rotated_iou,
 )
 from fastzoo.reference.exact import exponential
+from fastzoo.reference.precision import compute_dtype
 
 # Overlaps of sorted boxes: of the i-th with all after it.
 Overlap = Callable[[int], Tensor]
@@ -84,7 +84,7 @@ def suppress(
         these of the first that suppresses it, or its own.
     """
     order = falling_order(scores)
-    sorted_boxes = boxes[order].to(compute_dtype(boxes.dtype))
+    sorted_boxes = boxes[order].to(compute_dtype(boxes))
     if overlap == "aligned":
         overlaps = aligned_overlap(sorted_boxes)
         limit = round_down(iou_threshold, sorted_boxes.dtype)
@@ -143,7 +143,7 @@ def soft_nms(
 
     ``idxs [0]`` for a single segment, ``max_detections`` -1 for no limit.
     """
-    dtype = compute_dtype(boxes.dtype)
+    dtype = compute_dtype(boxes)
     boxes, left = boxes.to(dtype), scores.to(dtype)
     left = left.masked_fill(left.isnan(), -torch.inf)
     keep: list[Tensor] = []
@@ -189,7 +189,7 @@ def matrix_nms(
     max_detections: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastzoo.ops.matrix_nms`; ``idxs [0]`` for a single segment."""
-    dtype = compute_dtype(boxes.dtype)
+    dtype = compute_dtype(boxes)
     order = falling_order(scores)
     overlaps = aligned_overlap(boxes[order].to(dtype))
     overlaps = gated(overlaps, idxs[order] if len(idxs) else idxs)
@@ -211,3 +211,16 @@ def matrix_nms(
     if max_detections >= 0:
         ranked = ranked[:max_detections]
     return ranked, lowered[ranked]
+
+
+def vote(boxes: Tensor, scores: Tensor, keep: Tensor, group: Tensor) -> Tensor:
+    """The mean box of each group, weighted by scores; see :func:`fastzoo.ops.weighted_nms`."""
+    order = torch.argsort(group, stable=True)
+    weights = scores.double()[order, None]
+    members = torch.zeros_like(keep).index_add_(0, group, torch.ones_like(group))
+    # A sum a segment, in the order of the members: the same bits at every run.
+    columns = torch.cat([boxes.double()[order] * weights, weights], 1)
+    sums = torch.segment_reduce(columns, "sum", lengths=members, axis=0, unsafe=True)
+    mean = sums[:, :4] / sums[:, 4:]
+    own = boxes[keep].double()
+    return torch.where(sums[:, 4:] > 0, mean, own).to(compute_dtype(boxes))

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastzoo import ops, reference
-from fastzoo.reference.margin_softmax import compute_dtype
+from fastzoo.reference.precision import compute_dtype
 from fastzoo.testing.losses import bound
 from fastzoo.testing.spec import BenchmarkCase, Invalid, OpSpec, Sample
-from fastzoo.testing.tolerance import unit_roundoff
+from fastzoo.testing.tolerance import in_double, unit_roundoff
 
 
 def random_pairs(n: int, dim: int, *, seed: int = 0, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -54,22 +54,6 @@ def _invalid_clip() -> Iterator[Invalid]:
     yield from invalid_pairs("logit_scale")
     image, text = random_pairs(4, 3)
     yield Invalid("pairs", (image, text[:3]), {"logit_scale": 1.0}, ValueError, "text")
-
-
-def _in_double(function: Any) -> Any:
-    """A reference in float64, its result in the operator's dtype."""
-
-    def definition(first: Tensor, second: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
-        wide = {
-            name: value.double()
-            if isinstance(value, Tensor) and value.is_floating_point()
-            else value
-            for name, value in kwargs.items()
-        }
-        result: Tensor = function(first.double(), second.double(), *rest, **wide)
-        return result.to(compute_dtype(first))
-
-    return definition
 
 
 def _largest_score(image: Tensor, text: Tensor, kwargs: dict[str, Any]) -> float:
@@ -180,7 +164,7 @@ def _spec(name: str, function: Any, definition: Any, **fields: Any) -> OpSpec:
         name=name,
         operator="contrastive",
         function=function,
-        definition=_in_double(definition),
+        definition=in_double(definition),
         dispatch_args=_clip_dispatch,
         fixed_shape=True,
         differentiable=lambda output: output,

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastzoo import ops, reference
-from fastzoo.reference.margin_softmax import NORM_FLOOR, compute_dtype, per_row
+from fastzoo.reference.margin_softmax import NORM_FLOOR, per_row
+from fastzoo.reference.precision import compute_dtype
 from fastzoo.testing.losses import bound
 from fastzoo.testing.spec import BenchmarkCase, Invalid, OpSpec, Sample
 from fastzoo.testing.tolerance import unit_roundoff

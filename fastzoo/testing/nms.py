@@ -7,18 +7,8 @@ import torch
 from torch import Tensor
 
 from fastzoo import ops, reference
+from fastzoo.testing.boxes import random_boxes
 from fastzoo.testing.spec import BenchmarkCase, Invalid, OpSpec, Sample
-
-
-def random_boxes(
-    n: int, *, extent: float = 600.0, seed: int = 0, device: str = "cpu"
-) -> tuple[Tensor, Tensor]:
-    """Boxes with a uniform top-left corner and sides of 4 to 84, uniform scores."""
-    generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(n, 2, generator=generator) * extent
-    sides = torch.rand(n, 2, generator=generator) * 80 + 4
-    scores = torch.rand(n, generator=generator)
-    return torch.cat([corner, corner + sides], 1).to(device), scores.to(device)
 
 
 def clustered_boxes(

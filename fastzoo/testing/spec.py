@@ -87,6 +87,8 @@ class OpSpec:
             beyond that of sums over the arguments' elements.
         cancellation: ``cancellation(args, kwargs)`` -> the size of terms that cancel in a
             gradient, on which its rounding errors are relative.
+        held_constant: a part of the result has no gradient by definition, so that gradients are
+            compared with the definition's, and not with finite differences.
         benchmarks: rows.
         eager_bytes: of the positional arguments, the memory that ``eager`` needs at its peak, with
             its gradients; 0 where it is not worth a thought.
@@ -113,6 +115,7 @@ class OpSpec:
     autocast_tolerance: Callable[..., Tensor] | None = None
     gradient_rtol: Callable[..., float] | None = None
     cancellation: Callable[..., float] | None = None
+    held_constant: bool = False
     operator: str = ""
     eager_bytes: Callable[..., float] = lambda *args: 0.0
 

@@ -1,5 +1,6 @@
 """The table of public functions."""
 
+from fastzoo.testing import boxes
 from fastzoo.testing.contrastive import CLIP_LOSS, INFO_NCE, SIGMOID_CONTRASTIVE_LOSS
 from fastzoo.testing.margin_softmax import MARGIN_SOFTMAX_LOSS
 from fastzoo.testing.nms import NMS
@@ -15,5 +16,6 @@ SPECS: dict[str, OpSpec] = {
         CLIP_LOSS,
         SIGMOID_CONTRASTIVE_LOSS,
         INFO_NCE,
+        *boxes.SPECS,
     )
 }

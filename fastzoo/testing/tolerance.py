@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastzoo.reference.precision import compute_dtype
+
 
 def unit_roundoff(dtype: torch.dtype) -> float:
     """The largest relative error of rounding to ``dtype``: 2^-24 for float32."""
@@ -55,3 +57,19 @@ def assert_same_outputs(
                 f"{where}: {a.flatten()[at].item()!r} for {e.flatten()[at].item()!r}, error "
                 f"{error.flatten()[at].item():.3e} above the tolerance"
             )
+
+
+def in_double(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A reference in float64, its result in the operator's dtype."""
+
+    def definition(first: Tensor, second: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        wide = {
+            name: value.double()
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for name, value in kwargs.items()
+        }
+        result: Tensor = function(first.double(), second.double(), *rest, **wide)
+        return result.to(compute_dtype(first))
+
+    return definition
