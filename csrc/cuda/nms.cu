@@ -9,11 +9,50 @@
 namespace fastzoo::cuda {
 namespace {
 
-template <class Overlap>
+// One image's boxes by falling score.
+struct Sorted {
+  static constexpr bool kManyImages = false;
+
+  int64_t n;
+  const int64_t* order;
+  const int64_t* ids;
+
+  FASTZOO_DEVICE bool exists(int64_t, int64_t position) const { return position < n; }
+  FASTZOO_DEVICE int64_t index(int64_t, int64_t position) const { return order[position]; }
+  FASTZOO_DEVICE int64_t id(int64_t, int64_t index) const { return ids[index]; }
+};
+
+// Corners [n, 4].
+template <class T>
+struct AlignedBoxes : Sorted {
+  using Overlap = AlignedOverlap<ComputeOf<T>>;
+
+  const T* corners;
+
+  FASTZOO_DEVICE typename Overlap::Box read(int64_t, int64_t index) const {
+    typename Overlap::Row row;
+    for (int i = 0; i < 4; ++i) row[i] = static_cast<ComputeOf<T>>(corners[4 * index + i]);
+    return Overlap::box_of(row);
+  }
+};
+
+// Centres, sides and angle [n, 5].
+struct RotatedBoxes : Sorted {
+  using Overlap = RotatedOverlap;
+
+  const double* rows;
+  bool degrees;
+
+  FASTZOO_DEVICE math::RotatedBox read(int64_t, int64_t index) const {
+    const double* row = rows + 5 * index;
+    return math::rotated_box(row[0], row[1], row[2], row[3], row[4], degrees);
+  }
+};
+
+template <class Boxes>
 auto keep_kernel(bool gated, bool matched) {
-  if (matched)
-    return gated ? nms_keep<Overlap, true, true, false> : nms_keep<Overlap, false, true, false>;
-  return gated ? nms_keep<Overlap, true, false, false> : nms_keep<Overlap, false, false, false>;
+  if (matched) return gated ? nms_keep<Boxes, true, true> : nms_keep<Boxes, false, true>;
+  return gated ? nms_keep<Boxes, true, false> : nms_keep<Boxes, false, false>;
 }
 
 std::tuple<Tensor, Tensor> suppress(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
@@ -34,18 +73,16 @@ std::tuple<Tensor, Tensor> suppress(const Tensor& boxes, const Tensor& scores, c
   const bool gated = idxs.size(0) > 0;
   const Tensor ids = torch::stable::contiguous(idxs);
   const Tensor order = falling_order(stream, scores);
-  const auto run = [&](auto functor) {
-    using Overlap = decltype(functor);
-    const KeptList<Overlap> list(boxes, 1, n, gated);
-    KeepTask<Overlap> task{};
-    task.overlap = functor;
-    task.n = n;
-    task.order = static_cast<const int64_t*>(order.const_data_ptr());
-    task.ids = static_cast<const int64_t*>(ids.const_data_ptr());
+  const Sorted sorted{n, static_cast<const int64_t*>(order.const_data_ptr()),
+                      static_cast<const int64_t*>(ids.const_data_ptr())};
+  const auto run = [&](const auto& of_type, auto threshold) {
+    using Boxes = std::decay_t<decltype(of_type)>;
+    const KeptList<Boxes> list(boxes, 1, n, gated);
+    KeepTask<Boxes> task{of_type, {threshold}, n};
     task.kept = static_cast<int64_t*>(kept.mutable_data_ptr());
     task.group = static_cast<int64_t*>(group.mutable_data_ptr());
     list.give(task);
-    stream.launch("nms_keep", keep_kernel<Overlap>(gated, match), blocks_for(n, kKeepBlock),
+    stream.launch("nms_keep", keep_kernel<Boxes>(gated, match), blocks_for(n, kKeepBlock),
                   kKeepBlock, task);
     return stream.read_back(list.words()) & int64_t{kKeptOfWord};
   };
@@ -53,14 +90,14 @@ std::tuple<Tensor, Tensor> suppress(const Tensor& boxes, const Tensor& scores, c
   int64_t count = 0;
   if (rotated) {
     const Tensor rows = torch::stable::contiguous(torch::stable::to(boxes, ScalarType::Double));
-    count = run(
-        RotatedOverlap{static_cast<const double*>(rows.const_data_ptr()), iou_threshold, degrees});
+    const auto* data = static_cast<const double*>(rows.const_data_ptr());
+    count = run(RotatedBoxes{sorted, data, degrees}, iou_threshold);
   } else {
     const Tensor rows = torch::stable::contiguous(boxes);
     dispatch_float(boxes.scalar_type(), "suppress", [&](auto type) {
       using T = decltype(type);
-      count = run(AlignedOverlap<T>{static_cast<const T*>(rows.const_data_ptr()),
-                                    math::round_down<ComputeOf<T>>(iou_threshold)});
+      const auto* data = static_cast<const T*>(rows.const_data_ptr());
+      count = run(AlignedBoxes<T>{sorted, data}, math::round_down<ComputeOf<T>>(iou_threshold));
     });
   }
   Tensor whole = kept;

@@ -12,37 +12,31 @@ namespace fastzoo::cuda {
 constexpr int kKeepBlock = 128;
 constexpr int kKeepWords = kKeepBlock / 32;  // of a bit for each box of a block
 
-// An overlap says how a box is read, which row of numbers of it the kept list holds, how boxes lie
-// in shared memory, and when one suppresses another.
+// An overlap says which row of numbers of a box the kept list holds, how boxes lie in shared
+// memory, and when one suppresses another.
 
-// Boxes [n, 4] along the axes. T: their type; they are compared in ComputeOf<T>.
-template <class T>
+// Boxes along the axes, compared in C.
+template <class C>
 struct AlignedOverlap {
-  using Value = ComputeOf<T>;
-  using Box = math::Box<Value>;
+  using Value = C;
+  using Box = math::Box<C>;
   static constexpr int kNumbers = 4;
   static constexpr int kUnroll = 4;
-  using Row = Vector<Value, kNumbers>;
+  using Row = Vector<C, kNumbers>;
 
-  const T* boxes;
-  Value threshold;
+  C threshold;
 
   FASTZOO_DEVICE static Row row_of(const Box& box) { return {{box.x1, box.y1, box.x2, box.y2}}; }
   FASTZOO_DEVICE static Box box_of(const Row& row) {
     return {row[0], row[1], row[2], row[3], math::box_area(row[0], row[1], row[2], row[3])};
-  }
-  FASTZOO_DEVICE Box read(int64_t index) const {
-    Row row;
-    for (int i = 0; i < 4; ++i) row[i] = static_cast<Value>(boxes[4 * index + i]);
-    return box_of(row);
   }
   FASTZOO_DEVICE bool suppresses(const Box& a, const Box& b) const {
     return math::box_iou(a, b) > threshold;
   }
 
   struct Stage {
-    SharedArray<Value, 4 * kKeepBlock> corners;
-    SharedArray<Value, kKeepBlock> areas;
+    SharedArray<C, 4 * kKeepBlock> corners;
+    SharedArray<C, kKeepBlock> areas;
 
     FASTZOO_DEVICE void put(int i, const Box& box) {
       corners.store(4 * i, row_of(box));
@@ -55,17 +49,14 @@ struct AlignedOverlap {
   };
 };
 
-// Boxes [n, 5] of centre, sides and angle. The turn and the area of a box are computed once.
 struct RotatedOverlap {
   using Value = double;
   using Box = math::RotatedBox;
   static constexpr int kNumbers = 10;  // the last is unused: rows are whole pieces of 16 bytes
-  static constexpr int kUnroll = 1;    // an overlap is some thousand instructions
-  using Row = Vector<Value, kNumbers>;
+  static constexpr int kUnroll = 1;    // an overlap is hundreds of instructions
+  using Row = Vector<double, kNumbers>;
 
-  const double* boxes;
   double threshold;
-  bool degrees;
 
   FASTZOO_DEVICE static Row row_of(const Box& box) {
     return {{box.x, box.y, box.width, box.height, box.angle, box.sine, box.cosine, box.radius,
@@ -73,10 +64,6 @@ struct RotatedOverlap {
   }
   FASTZOO_DEVICE static Box box_of(const Row& row) {
     return {row[0], row[1], row[2], row[3], row[4], row[5], row[6], row[7], row[8]};
-  }
-  FASTZOO_DEVICE Box read(int64_t index) const {
-    const double* box = boxes + 5 * index;
-    return math::rotated_box(box[0], box[1], box[2], box[3], box[4], degrees);
   }
   FASTZOO_DEVICE bool suppresses(const Box& a, const Box& b) const {
     return math::rotated_iou(a, b) > threshold;
@@ -96,27 +83,34 @@ constexpr int64_t kTickets = 0;
 constexpr int64_t kFirstImage = 1;
 constexpr uint64_t kKeptOfWord = 0xffffffff;
 
-template <class Overlap>
+// `Boxes` are those of each image in falling order of score:
+//   Overlap                   one of the above
+//   kManyImages               whether there is more than one image, and a limit
+//   exists(image, position)   positions up to some number do
+//   index(image, position)    what is kept and reported of a box
+//   read(image, index)        the box; computed once, however often it is compared
+//   id(image, index)          where gated: boxes of different ids never overlap
+template <class Boxes>
 struct KeepTask {
-  Overlap overlap;
-  int64_t n;                           // boxes, of each image
-  const int64_t* order;                // of one image: its boxes by falling score
-  const int64_t* ids;                  // where gated: boxes of different ids never overlap
-  typename Overlap::Value* kept_rows;  // the kept list: boxes,
-  int64_t* kept_ids;                   // where gated their ids,
-  int64_t* kept;                       // and their indices
-  int64_t* group;                      // where matched: the first in the list that suppresses a box
+  using Value = typename Boxes::Overlap::Value;
+
+  Boxes boxes;
+  typename Boxes::Overlap overlap;
+  int64_t n;          // positions of an image
+  Value* kept_rows;   // the kept list [images, n]: boxes,
+  int64_t* kept_ids;  // where gated their ids,
+  int64_t* kept;      // and their indices
+  int64_t* group;     // where matched: by index, the first in the list that suppresses a box
   uint64_t* progress;
-  // Of several images, whose boxes are in order already.
   unsigned images;
-  const int64_t* counts;  // how many of an image's n boxes there are
-  int64_t limit;          // an image is done once it keeps this many; it may keep a few more
+  int64_t limit;  // an image is done once it keeps so many; it may keep a few more
 };
 
 // Blocks take their place in the order from a ticket, so that a block only waits for blocks that
 // already run.
-template <class Overlap, bool gated, bool matched, bool batched>
-__global__ void __launch_bounds__(kKeepBlock) nms_keep(KeepTask<Overlap> task) {
+template <class Boxes, bool gated, bool matched>
+__global__ void __launch_bounds__(kKeepBlock) nms_keep(KeepTask<Boxes> task) {
+  using Overlap = typename Boxes::Overlap;
   using Box = typename Overlap::Box;
   constexpr int kNumbers = Overlap::kNumbers;
   __shared__ typename Overlap::Stage stage;
@@ -124,7 +118,6 @@ __global__ void __launch_bounds__(kKeepBlock) nms_keep(KeepTask<Overlap> task) {
   __shared__ SharedArray<uint64_t, 1> announced;
   __shared__ SharedArray<uint32_t, kKeepWords> undecided_words;
   __shared__ SharedArray<uint32_t, kKeepWords> kept_words;
-  const Overlap overlap = task.overlap;
   const int thread = threadIdx.x;
   const int warp = thread / kWarpSize;
   const int lane = thread % kWarpSize;
@@ -132,34 +125,32 @@ __global__ void __launch_bounds__(kKeepBlock) nms_keep(KeepTask<Overlap> task) {
   if (thread == 0) announced[0] = atomic_add(task.progress + kTickets, uint64_t{1});
   sync_block();
   uint64_t ticket = announced[0];
-  int64_t count = task.n;
   int64_t image = 0;
-  if constexpr (batched) {
+  if constexpr (Boxes::kManyImages) {
     image = static_cast<unsigned>(ticket) % task.images;
     ticket = static_cast<unsigned>(ticket) / task.images;
-    count = task.counts[image];
-    if (static_cast<int64_t>(ticket) * kKeepBlock >= count) return;
+    if (!task.boxes.exists(image, static_cast<int64_t>(ticket) * kKeepBlock)) return;
   }
-  const int64_t first = image * task.n;
-  typename Overlap::Value* const kept_rows = task.kept_rows + kNumbers * first;
-  int64_t* const kept_ids = task.kept_ids + first;
+  typename Overlap::Value* const kept_rows = task.kept_rows + kNumbers * image * task.n;
+  int64_t* const kept_ids = task.kept_ids + image * task.n;
+  int64_t* const kept = task.kept + image * task.n;
   uint64_t* const progress = task.progress + kFirstImage + image;
 
   const int64_t position = static_cast<int64_t>(ticket) * kKeepBlock + thread;
-  const bool exists = position < count;
+  const bool exists = task.boxes.exists(image, position);
   int64_t index = 0;
   int64_t id = 0;
   Box own{};
   if (exists) {
-    index = batched ? position : task.order[position];
-    own = overlap.read(first + index);
-    if constexpr (gated) id = task.ids[first + index];
+    index = task.boxes.index(image, position);
+    own = task.boxes.read(image, index);
+    if constexpr (gated) id = task.boxes.id(image, index);
   }
   const auto suppressed_by = [&](int i) {
     if constexpr (gated) {
       if (stage_ids[i] != id) return false;
     }
-    return overlap.suppresses(stage.get(i), own);
+    return task.overlap.suppresses(stage.get(i), own);
   };
 
   // Which earlier boxes of this block overlap mine.
@@ -200,7 +191,7 @@ __global__ void __launch_bounds__(kKeepBlock) nms_keep(KeepTask<Overlap> task) {
     const uint64_t now = announced[0];
     my_turn = now >> 32 == ticket;
     const uint64_t total = now & kKeptOfWord;
-    if constexpr (batched) {
+    if constexpr (Boxes::kManyImages) {
       // Later blocks see the same word, so none of them waits for this one.
       if (static_cast<int64_t>(total) >= task.limit) return;
     }
@@ -247,13 +238,13 @@ __global__ void __launch_bounds__(kKeepBlock) nms_keep(KeepTask<Overlap> task) {
     kept_here = 0;
 #pragma unroll
     for (int w = 0; w < kKeepWords; ++w) {
-      const uint32_t kept = kept_words[w];
-      blocked_by_kept |= overlaps[w] & kept;
+      const uint32_t word = kept_words[w];
+      blocked_by_kept |= overlaps[w] & word;
       blocked_by_undecided |= overlaps[w] & undecided_words[w];
       left |= undecided_words[w];
       const uint32_t earlier = w < warp ? ~0u : w > warp ? 0u : (1u << lane) - 1;
-      rank += population_count(kept & earlier);
-      kept_here += population_count(kept);
+      rank += population_count(word & earlier);
+      kept_here += population_count(word);
     }
     settled = left == 0;
     if (undecided && blocked_by_kept != 0) {
@@ -270,7 +261,7 @@ __global__ void __launch_bounds__(kKeepBlock) nms_keep(KeepTask<Overlap> task) {
   const int64_t before = static_cast<int64_t>(tested);
   if (keep) {
     store_vector(kept_rows + kNumbers * (before + rank), Overlap::row_of(own));
-    task.kept[first + before + rank] = index;
+    kept[before + rank] = index;
     if constexpr (gated) kept_ids[before + rank] = id;
   }
   if constexpr (matched) {
@@ -278,12 +269,12 @@ __global__ void __launch_bounds__(kKeepBlock) nms_keep(KeepTask<Overlap> task) {
     int64_t at = before;
 #pragma unroll
     for (int w = 0; w < kKeepWords; ++w) {
-      const uint32_t kept = kept_words[w];
-      const uint32_t hits = overlaps[w] & kept;
+      const uint32_t word = kept_words[w];
+      const uint32_t hits = overlaps[w] & word;
       if (suppressor < 0 && hits != 0) {
-        suppressor = at + population_count(kept & ((hits & (0u - hits)) - 1));
+        suppressor = at + population_count(word & ((hits & (0u - hits)) - 1));
       }
-      at += population_count(kept);
+      at += population_count(word);
     }
     if (exists) task.group[index] = suppressor;
   }
@@ -295,20 +286,25 @@ __global__ void __launch_bounds__(kKeepBlock) nms_keep(KeepTask<Overlap> task) {
 }
 
 // Memory for the kept lists of some images.
-template <class Overlap>
+template <class Boxes>
 class KeptList {
  public:
+  using Overlap = typename Boxes::Overlap;
+  using Value = typename Overlap::Value;
+
   KeptList(const Tensor& like, int64_t images, int64_t n, bool gated)
       : rows_(empty(like, {images * n, Overlap::kNumbers * int64_t{sizeof(Value)}},
                     ScalarType::Byte)),
         ids_(empty(like, {gated ? images * n : 0}, ScalarType::Long)),
         progress_(torch::stable::new_zeros(like, {kFirstImage + images}, ScalarType::Long)) {}
 
-  void give(KeepTask<Overlap>& task) const {
+  void give(KeepTask<Boxes>& task) const {
     task.kept_rows = static_cast<Value*>(rows_.mutable_data_ptr());
     task.kept_ids = static_cast<int64_t*>(ids_.mutable_data_ptr());
     task.progress = static_cast<uint64_t*>(progress_.mutable_data_ptr());
   }
+
+  const Value* rows() const { return static_cast<const Value*>(rows_.const_data_ptr()); }
 
   // A word for each image, whose lower half is how many it keeps.
   const int64_t* words() const {
@@ -316,8 +312,6 @@ class KeptList {
   }
 
  private:
-  using Value = typename Overlap::Value;
-
   Tensor rows_, ids_, progress_;
 };
 
