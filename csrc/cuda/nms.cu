@@ -3,11 +3,8 @@
 // when the last of these is done it settles its own boxes and appends what it keeps.
 #include "../math/nms.h"
 
-#include <array>
-#include <optional>
-
 #include "../torch_abi.h"
-#include "runtime/launch.h"
+#include "runtime/falling_order.h"
 
 namespace fastzoo::cuda {
 namespace {
@@ -16,32 +13,6 @@ using math::Box;
 
 constexpr int kBlock = 128;
 constexpr int kWords = kBlock / 32;  // of a bit for each box of a block
-constexpr int kKeyThreads = 256;
-
-// The signed keys of torch's sort: falling_key with the order of signed integers.
-template <class T>
-struct KeyOf {
-  using Signed = int32_t;
-  using Compute = float;
-  static constexpr ScalarType dtype = ScalarType::Int;
-};
-template <>
-struct KeyOf<double> {
-  using Signed = int64_t;
-  using Compute = double;
-  static constexpr ScalarType dtype = ScalarType::Long;
-};
-
-template <class T>
-__global__ void __launch_bounds__(kKeyThreads)
-    nms_keys(const T* scores, int64_t n, typename KeyOf<T>::Signed* keys) {
-  using Signed = typename KeyOf<T>::Signed;
-  const int64_t i = int64_t{blockIdx.x} * kKeyThreads + threadIdx.x;
-  if (i >= n) return;
-  const auto key = math::falling_key(static_cast<typename KeyOf<T>::Compute>(scores[i]));
-  constexpr auto kSignBit = decltype(key){1} << (8 * sizeof(key) - 1);
-  keys[i] = static_cast<Signed>(key ^ kSignBit);
-}
 
 // The corners of a box as one row of memory.
 template <class C>
@@ -203,18 +174,6 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// The stable order of rising keys.
-Tensor order_of(const Tensor& keys) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(int64_t{0}),
-                                    from(false)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  const Tensor sorted = to<Tensor>(stack[0]);
-  return to<Tensor>(stack[1]);
-}
-
 Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
   const int64_t n = boxes.size(0);
   STD_TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(),
@@ -222,21 +181,15 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
   const Tensor kept = empty(boxes, {n}, ScalarType::Long);
   if (n == 0) return kept;
   const Tensor rows = torch::stable::contiguous(boxes);
-  const Tensor values = torch::stable::contiguous(scores);
   const Stream stream(boxes);
   const Tensor progress = torch::stable::new_zeros(
       boxes, {static_cast<int64_t>(sizeof(Progress) / sizeof(int64_t))}, ScalarType::Long);
+  const Tensor order = falling_order(stream, scores);
   const Tensor kept_corners = empty(boxes, {n, 4}, compute_dtype(boxes.scalar_type()));
 
   dispatch_float(boxes.scalar_type(), "nms", [&](auto type) {
     using T = decltype(type);
-    using Key = KeyOf<T>;
-    using C = typename Key::Compute;
-    const Tensor keys = empty(boxes, {n}, Key::dtype);
-    stream.launch("nms_keys", nms_keys<T>, blocks_for(n, kKeyThreads), kKeyThreads,
-                  static_cast<const T*>(values.const_data_ptr()), n,
-                  static_cast<typename Key::Signed*>(keys.mutable_data_ptr()));
-    const Tensor order = order_of(keys);
+    using C = ComputeOf<T>;
     stream.launch("nms_keep", nms_keep<T, C>, blocks_for(n, kBlock), kBlock,
                   static_cast<const T*>(rows.const_data_ptr()),
                   static_cast<const int64_t*>(order.const_data_ptr()), n,

@@ -17,14 +17,24 @@ FASTZOO_HD V box_area(V x1, V y1, V x2, V y2) {
   return (x2 - x1) * (y2 - y1);
 }
 
-// Intersection over union. 0/0 and NaN give NaN, which exceeds no threshold.
 template <class V>
-FASTZOO_HD V box_iou(const Box<V>& a, const Box<V>& b) {
+FASTZOO_HD V box_intersection(const Box<V>& a, const Box<V>& b) {
   const V zero = V(0);
   const V w = maximum(zero, minimum(a.x2, b.x2) - maximum(a.x1, b.x1));
   const V h = maximum(zero, minimum(a.y2, b.y2) - maximum(a.y1, b.y1));
-  const V inter = w * h;
-  return inter / (a.area + b.area - inter);
+  return w * h;
+}
+
+template <class V>
+FASTZOO_HD V box_union(const Box<V>& a, const Box<V>& b, V intersection) {
+  return a.area + b.area - intersection;
+}
+
+// Intersection over union. 0/0 and NaN give NaN, which exceeds no threshold.
+template <class V>
+FASTZOO_HD V box_iou(const Box<V>& a, const Box<V>& b) {
+  const V inter = box_intersection(a, b);
+  return inter / box_union(a, b, inter);
 }
 
 }  // namespace fastzoo::math

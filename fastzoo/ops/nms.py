@@ -1,7 +1,5 @@
 """Non-maximum suppression: boxes by falling score, an overlap, and a rule for what overlaps."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -115,7 +113,7 @@ def _segments(idxs: Tensor | None, boxes: Tensor) -> Tensor:
 def _check_method(method: str, known: tuple[str, ...], sigma: float) -> None:
     if method not in known:
         raise ValueError(f"method: expected one of {known}, got {method!r}")
-    if not (sigma > 0 and math.isfinite(sigma)):
+    if not 0 < sigma < float("inf"):
         raise ValueError(f"sigma: expected a positive number, got {sigma}")
 
 

@@ -204,8 +204,8 @@ def matrix_nms(
         decay[i + 1 :] = torch.fmin(decay[i + 1 :], least)
     if method == "gaussian":
         decay = exponential(decay)
-    lowered = scores.to(dtype)
-    lowered[order] = lowered[order] * decay.to(dtype)
+    lowered = torch.empty(n, dtype=dtype, device=boxes.device)
+    lowered[order] = scores[order].to(dtype) * decay.to(dtype)
     ranked = falling_order(lowered)
     ranked = ranked[lowered[ranked].double() > score_threshold]
     if max_detections >= 0:

@@ -1,16 +1,15 @@
 """The table of public functions."""
 
-from fastzoo.testing import boxes
+from fastzoo.testing import boxes, nms
 from fastzoo.testing.contrastive import CLIP_LOSS, INFO_NCE, SIGMOID_CONTRASTIVE_LOSS
 from fastzoo.testing.margin_softmax import MARGIN_SOFTMAX_LOSS
-from fastzoo.testing.nms import NMS
 from fastzoo.testing.spec import OpSpec
 from fastzoo.testing.vq import VQ_NEAREST
 
 SPECS: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
-        NMS,
+        *nms.SPECS,
         VQ_NEAREST,
         MARGIN_SOFTMAX_LOSS,
         CLIP_LOSS,
