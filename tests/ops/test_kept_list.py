@@ -4,6 +4,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from fastzoo import _native, ops, reference
 from fastzoo.ops._operator import OPERATORS
-from fastzoo.testing.boxes import rotated_boxes
+from fastzoo.testing.boxes import random_boxes, rotated_boxes
 from fastzoo.testing.detections import decoder_inputs, decoder_of, detector_output, random_output
-from fastzoo.testing.nms import clustered_boxes, random_boxes
+from fastzoo.testing.nms import clustered_boxes
 from tests.conftest import DEVICE, EMULATOR
 
 pytestmark = pytest.mark.skipif(
@@ -33,7 +34,7 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @contextmanager
 def reads(expected: int) -> Iterator[None]:
     """How often the host waits for the device."""
-    library = ctypes.CDLL(os.fspath(EMULATOR) if DEVICE == "cpu" else _native.library("_C_cuda"))
+    library = ctypes.CDLL(os.fspath(EMULATOR if DEVICE == "cpu" else _native.library("_C_cuda")))
     library.fastzoo_cuda_sync_count.restype = ctypes.c_int64
     before = library.fastzoo_cuda_sync_count()
     yield
@@ -93,7 +94,7 @@ def test_batched_nms_reads_the_count_once() -> None:
         ops.batched_nms(boxes, scores, in_segments(300, 4).to(DEVICE), 0.5, backend="cuda")
 
 
-LIMITS = {
+LIMITS: dict[str, dict[str, int]] = {
     "none": {},
     "of the image": {"max_detections": 20},
     "at a block's end": {"max_detections": 128},
@@ -114,7 +115,7 @@ def test_images_of_different_fill(
     scores[0] *= 0.3  # no candidate,
     scores[1] = (scores[1] * 5).round() / 5  # many equal scores,
     scores[3, 7:] = torch.nan  # and few
-    options = {
+    options: dict[str, Any] = {
         "score_threshold": 0.3,
         "iou_threshold": 0.3,
         "max_detections": 500,
@@ -137,7 +138,7 @@ def test_every_decoder(form: str, each_class: bool) -> None:
     boxes = offsets.expand(2, 300, 4)
     if each_class:
         boxes = torch.stack([boxes, boxes * 0.9, boxes * 1.1], 2)
-    options = {"score_threshold": 0.02, "iou_threshold": 0.5}
+    options: dict[str, Any] = {"score_threshold": 0.02, "iou_threshold": 0.5}
     expected = ops.multiclass_nms(
         boxes, scores, decode=decoder_of(form, priors), **options, backend="reference"
     )
@@ -158,7 +159,12 @@ def test_every_decoder(form: str, each_class: bool) -> None:
 def test_a_graph_captures_it() -> None:
     boxes, scores = (t.to(DEVICE) for t in detector_output(2, 500, 4, seed=1))
     others = [t.to(DEVICE) for t in detector_output(2, 500, 4, seed=2)]
-    options = {"score_threshold": 0.05, "iou_threshold": 0.5, "pre_top_k": 300, "max_per_class": 9}
+    options: dict[str, Any] = {
+        "score_threshold": 0.05,
+        "iou_threshold": 0.5,
+        "pre_top_k": 300,
+        "max_per_class": 9,
+    }
     ops.multiclass_nms(boxes, scores, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
