@@ -17,14 +17,24 @@ FASTZOO_HD V box_area(V x1, V y1, V x2, V y2) {
   return (x2 - x1) * (y2 - y1);
 }
 
-// Intersection over union. 0/0 and NaN give NaN, which exceeds no threshold.
 template <class V>
-FASTZOO_HD V box_iou(const Box<V>& a, const Box<V>& b) {
+FASTZOO_HD V box_intersection(const Box<V>& a, const Box<V>& b) {
   const V zero = V(0);
   const V w = maximum(zero, minimum(a.x2, b.x2) - maximum(a.x1, b.x1));
   const V h = maximum(zero, minimum(a.y2, b.y2) - maximum(a.y1, b.y1));
-  const V inter = w * h;
-  return inter / (a.area + b.area - inter);
+  return w * h;
+}
+
+template <class V>
+FASTZOO_HD V box_union(const Box<V>& a, const Box<V>& b, V intersection) {
+  return a.area + b.area - intersection;
+}
+
+// Intersection over union. 0/0 and NaN give NaN, which exceeds no threshold.
+template <class V>
+FASTZOO_HD V box_iou(const Box<V>& a, const Box<V>& b) {
+  const V inter = box_intersection(a, b);
+  return inter / box_union(a, b, inter);
 }
 
 // How two boxes overlap: each measure is the one before it, or the first, less a penalty.
@@ -36,7 +46,7 @@ template <class V>
 struct MeasuredBox {
   V x1, y1, x2, y2;
   V width, height, area;
-  V aspect;                            // the arctangent of width / height
+  V aspect;                             // the arctangent of width / height
   V aspect_by_width, aspect_by_height;  // its derivatives
 };
 
@@ -69,7 +79,7 @@ struct BoxOverlap {
   V alpha;                    // the weight of its square
 };
 
-// The square of two aspects' difference is at most (pi / 2)^2.
+// Brings the square of two boxes' difference in aspect into [0, 1].
 constexpr double kAspectScale = 4 / (3.14159265358979323846 * 3.14159265358979323846);
 
 template <Measure kMeasure, class V>
@@ -121,16 +131,14 @@ template <class V>
 FASTZOO_HD EndGradients<V> end_gradients(V low1, V high1, V low2, V high2, V by_shared, V by_hull,
                                          V by_own1, V by_own2, V by_centre) {
   const V half = (by_shared + by_hull) * V(0.5);
-  const V from1 =
-      select_greater(low1, low2, by_shared, select_greater(low2, low1, by_hull, half));
-  const V from2 =
-      select_greater(low2, low1, by_shared, select_greater(low1, low2, by_hull, half));
+  const V from1 = select_greater(low1, low2, by_shared, select_greater(low2, low1, by_hull, half));
+  const V from2 = select_greater(low2, low1, by_shared, select_greater(low1, low2, by_hull, half));
   const V to1 =
       select_greater(high2, high1, by_shared, select_greater(high1, high2, by_hull, half));
   const V to2 =
       select_greater(high1, high2, by_shared, select_greater(high2, high1, by_hull, half));
-  return {by_centre - from1 - by_own1, by_centre + to1 + by_own1, V(0) - by_centre - from2 - by_own2,
-          to2 + by_own2 - by_centre};
+  return {by_centre - from1 - by_own1, by_centre + to1 + by_own1,
+          V(0) - by_centre - from2 - by_own2, to2 + by_own2 - by_centre};
 }
 
 template <class V>
@@ -164,10 +172,10 @@ FASTZOO_HD BoxGradients<V> box_overlap_gradients(const MeasuredBox<V>& a, const 
   }
   const V by_intersection = over_union - by_union;
   // A shared side of 0 has the gradient of a positive one, as clamp(min=0) does.
-  const V by_shared_width = select_greater(zero, o.shared_width, zero,
-                                           by_intersection * maximum(zero, o.shared_height));
-  const V by_shared_height = select_greater(zero, o.shared_height, zero,
-                                            by_intersection * maximum(zero, o.shared_width));
+  const V by_shared_width =
+      select_greater(zero, o.shared_width, zero, by_intersection * maximum(zero, o.shared_height));
+  const V by_shared_height =
+      select_greater(zero, o.shared_height, zero, by_intersection * maximum(zero, o.shared_width));
   V by_width1 = by_union * a.height, by_height1 = by_union * a.width;
   V by_width2 = by_union * b.height, by_height2 = by_union * b.width;
   if (kMeasure == Measure::ciou) {
@@ -180,8 +188,8 @@ FASTZOO_HD BoxGradients<V> box_overlap_gradients(const MeasuredBox<V>& a, const 
   }
   const EndGradients<V> x = end_gradients(a.x1, a.x2, b.x1, b.x2, by_shared_width, by_hull_width,
                                           by_width1, by_width2, by_dx);
-  const EndGradients<V> y = end_gradients(a.y1, a.y2, b.y1, b.y2, by_shared_height,
-                                          by_hull_height, by_height1, by_height2, by_dy);
+  const EndGradients<V> y = end_gradients(a.y1, a.y2, b.y1, b.y2, by_shared_height, by_hull_height,
+                                          by_height1, by_height2, by_dy);
   return {{x.low1, y.low1, x.high1, y.high1}, {x.low2, y.low2, x.high2, y.high2}};
 }
 

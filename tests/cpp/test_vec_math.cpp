@@ -1,4 +1,5 @@
-// Exponentials, logarithms, arctangents and selection of vectors against the C library's in a wider type.
+// Exponentials, logarithms, arctangents and selection of vectors against the C library's in a wider
+// type.
 #include "per_isa.h"
 
 namespace fastzoo::cpu {

@@ -1,5 +1,5 @@
-// Selection, exponentials, logarithms and arctangents of vectors. Included like vec.h. The scalar twins are in
-// csrc/math/host_device.h.
+// Selection, exponentials, logarithms and arctangents of vectors. Included like vec.h. The scalar
+// twins are in csrc/math/host_device.h.
 #pragma once
 
 #include "vec.h"
@@ -152,7 +152,8 @@ FASTZOO_INLINE Vec<T> arctangent(Vec<T> x) {
   V sum(T(0));
 #pragma GCC unroll 24
   for (int i = kTerms - 1; i > 0; --i) {
-    sum = fused_multiply_add(sum, square, V((i % 2 == 0 ? T(1) : T(-1)) / static_cast<T>(2 * i + 1)));
+    sum =
+        fused_multiply_add(sum, square, V((i % 2 == 0 ? T(1) : T(-1)) / static_cast<T>(2 * i + 1)));
   }
   const V angle = turned + fused_multiply_add(s, sum * square, s);
   return select_greater(zero, x, zero - angle, angle);
