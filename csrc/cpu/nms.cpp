@@ -71,7 +71,7 @@ void run(void (*kernel)(SuppressArgs&), const SuppressArgs& given, Segments& seg
          Suppressed& result) {
   const int64_t n = static_cast<int64_t>(result.order.size());
   const int64_t segment_count = static_cast<int64_t>(segments.ends.size());
-  constexpr int64_t kWorthAThread = 2048;
+  constexpr int64_t kWorthAThread = 16384;
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t parts = std::min({threads, segment_count, 1 + n / kWorthAThread});
   std::vector<SuppressArgs> parts_args(parts, given);
