@@ -108,7 +108,7 @@ FASTZOO_DEVICE void store_gradient(T* to, const C (&gradient)[4]) {
 }
 
 template <Measure kMeasure, class T, class C>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     overlap_each_backward(const C* grad, Boxes<T> boxes1, Boxes<T> boxes2, C eps, T* grad1,
                           T* grad2) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
