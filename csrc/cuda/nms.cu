@@ -1,207 +1,117 @@
-// Non-maximum suppression without an n x n mask: the kept list grows. A block owns kBlock boxes
-// in falling order of score. It tests them against the kept list as earlier blocks extend it;
-// when the last of these is done it settles its own boxes and appends what it keeps.
-#include "../math/nms.h"
+// Greedy suppression of one set of boxes: nms, batched_nms and suppress are one entry.
+#include <string>
+#include <tuple>
 
 #include "../torch_abi.h"
 #include "runtime/falling_order.h"
+#include "runtime/kept_list.h"
 
 namespace fastzoo::cuda {
 namespace {
 
-using math::Box;
+// One image's boxes by falling score.
+struct Sorted {
+  static constexpr bool kManyImages = false;
 
-constexpr int kBlock = 128;
-constexpr int kWords = kBlock / 32;  // of a bit for each box of a block
+  int64_t n;
+  const int64_t* order;
+  const int64_t* ids;
 
-// The corners of a box as one row of memory.
-template <class C>
-using Corners = Vector<C, 4>;
-
-template <class C>
-FASTZOO_DEVICE Box<C> box_of(const Corners<C>& c) {
-  return {c[0], c[1], c[2], c[3], math::box_area(c[0], c[1], c[2], c[3])};
-}
-
-// What the blocks tell one another, in memory that starts as zero.
-struct Progress {
-  uint64_t done_and_kept;  // blocks done << 32 | boxes kept
-  uint64_t tickets;        // taken so far
+  FASTZOO_DEVICE bool exists(int64_t, int64_t position) const { return position < n; }
+  FASTZOO_DEVICE int64_t index(int64_t, int64_t position) const { return order[position]; }
+  FASTZOO_DEVICE int64_t id(int64_t, int64_t index) const { return ids[index]; }
 };
 
-// Boxes of a block in shared memory.
-template <class C>
-struct Stage {
-  SharedArray<C, 4 * kBlock> corners;
-  SharedArray<C, kBlock> areas;
+// Corners [n, 4].
+template <class T>
+struct AlignedBoxes : Sorted {
+  using Overlap = AlignedOverlap<ComputeOf<T>>;
 
-  FASTZOO_DEVICE void put(int i, const Box<C>& box) {
-    corners.store(4 * i, Corners<C>{{box.x1, box.y1, box.x2, box.y2}});
-    areas[i] = box.area;
-  }
-  FASTZOO_DEVICE Box<C> get(int i) {
-    const Corners<C> c = corners.template load<4>(4 * i);
-    return {c[0], c[1], c[2], c[3], areas[i]};
+  const T* corners;
+
+  FASTZOO_DEVICE typename Overlap::Box read(int64_t, int64_t index) const {
+    typename Overlap::Row row;
+    for (int i = 0; i < 4; ++i) row[i] = static_cast<ComputeOf<T>>(corners[4 * index + i]);
+    return Overlap::box_of(row);
   }
 };
 
-// T: the boxes' type, C: the type that decides. Blocks take their place in the order from a
-// ticket, so that a block only waits for blocks that already run.
-template <class T, class C>
-__global__ void __launch_bounds__(kBlock)
-    nms_keep(const T* boxes, const int64_t* order, int64_t n, C threshold, C* kept_corners,
-             int64_t* kept, Progress* progress) {
-  __shared__ Stage<C> stage;
-  __shared__ SharedArray<uint64_t, 1> announced;
-  __shared__ SharedArray<uint32_t, kWords> undecided_words;
-  __shared__ SharedArray<uint32_t, kWords> kept_words;
-  const int thread = threadIdx.x;
-  const int warp = thread / kWarpSize;
-  const int lane = thread % kWarpSize;
+// Centres, sides and angle [n, 5].
+struct RotatedBoxes : Sorted {
+  using Overlap = RotatedOverlap;
 
-  if (thread == 0) announced[0] = atomic_add(&progress->tickets, uint64_t{1});
-  sync_block();
-  const uint64_t ticket = announced[0];
-  const int64_t position = static_cast<int64_t>(ticket) * kBlock + thread;
-  int64_t index = 0;
-  Box<C> own{};
-  bool undecided = position < n;
-  if (undecided) {
-    index = order[position];
-    Corners<C> c;
-    for (int i = 0; i < 4; ++i) c[i] = static_cast<C>(boxes[4 * index + i]);
-    own = box_of(c);
-  }
+  const double* rows;
+  bool degrees;
 
-  // Which earlier boxes of this block overlap mine.
-  stage.put(thread, own);
-  sync_block();
-  uint32_t overlaps[kWords];
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    overlaps[w] = 0;
-    if (w > warp) continue;
-    for (int i = 0; i < kWarpSize; ++i) {
-      const int other = w * kWarpSize + i;
-      const bool overlap = math::box_iou(stage.get(other), own) > threshold;
-      overlaps[w] |= static_cast<uint32_t>(overlap && other < thread) << i;
-    }
+  FASTZOO_DEVICE math::RotatedBox read(int64_t, int64_t index) const {
+    const double* row = rows + 5 * index;
+    return math::rotated_box(row[0], row[1], row[2], row[3], row[4], degrees);
   }
+};
 
-  // Test against the kept list until all earlier blocks are done with it.
-  uint64_t tested = 0;
-  for (bool my_turn = false; !my_turn;) {
-    sync_block();
-    if (thread == 0) {
-      uint64_t now = load_volatile(&progress->done_and_kept);
-      while (now >> 32 != ticket && (now & 0xffffffff) == tested) {
-        wait_for_other_block();
-        now = load_volatile(&progress->done_and_kept);
-      }
-      thread_fence();  // what the list holds is read after the word that announced it
-      announced[0] = now;
-    }
-    sync_block();
-    const uint64_t now = announced[0];
-    my_turn = now >> 32 == ticket;
-    const uint64_t total = now & 0xffffffff;
-    for (; tested < total; tested += kBlock) {
-      const int count = static_cast<int>(total - tested < kBlock ? total - tested : kBlock);
-      if (thread < count) {
-        stage.put(thread, box_of(load_vector<4>(kept_corners + 4 * (tested + thread))));
-      }
-      sync_block();
-      if (any(undecided)) {
-#pragma unroll 4
-        for (int i = 0; i < count; ++i) {
-          if (math::box_iou(stage.get(i), own) > threshold) undecided = false;
-        }
-      }
-      sync_block();
-    }
-    tested = total;
-  }
-
-  // Settle this block's boxes, all at once: one is dropped when an earlier one that overlaps it
-  // is kept, and kept when all of those are dropped. Each round settles at least the first.
-  bool keep = false;
-  uint32_t undecided_word = ballot(undecided);
-  uint32_t kept_word = 0;
-  int rank = 0;
-  int count = 0;
-  for (bool settled = false; !settled;) {
-    if (lane == 0) {
-      undecided_words[warp] = undecided_word;
-      kept_words[warp] = kept_word;
-    }
-    sync_block();
-    uint32_t blocked_by_kept = 0;
-    uint32_t blocked_by_undecided = 0;
-    uint32_t left = 0;
-    rank = 0;
-    count = 0;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const uint32_t kept_here = kept_words[w];
-      blocked_by_kept |= overlaps[w] & kept_here;
-      blocked_by_undecided |= overlaps[w] & undecided_words[w];
-      left |= undecided_words[w];
-      const uint32_t earlier = w < warp ? ~0u : w > warp ? 0u : (1u << lane) - 1;
-      rank += population_count(kept_here & earlier);
-      count += population_count(kept_here);
-    }
-    settled = left == 0;
-    if (undecided && blocked_by_kept != 0) {
-      undecided = false;
-    } else if (undecided && blocked_by_undecided == 0) {
-      undecided = false;
-      keep = true;
-    }
-    undecided_word = ballot(undecided);
-    kept_word = ballot(keep);
-    sync_block();
-  }
-
-  const uint64_t before = tested;
-  if (keep) {
-    store_vector(kept_corners + 4 * (before + rank), Corners<C>{{own.x1, own.y1, own.x2, own.y2}});
-    kept[before + rank] = index;
-  }
-  sync_block();
-  if (thread == 0) {
-    thread_fence();  // the list is written before the word that announces it
-    atomic_exchange(&progress->done_and_kept, (ticket + 1) << 32 | (before + count));
-  }
+template <class Boxes>
+auto keep_kernel(bool gated, bool matched) {
+  if (matched) return gated ? nms_keep<Boxes, true, true> : nms_keep<Boxes, false, true>;
+  return gated ? nms_keep<Boxes, true, false> : nms_keep<Boxes, false, false>;
 }
 
-Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
+std::tuple<Tensor, Tensor> suppress(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
+                                    double iou_threshold, const std::string& overlap, bool match) {
+  const bool rotated = overlap != "aligned";
+  const bool degrees = overlap == "rotated_degrees";
+  STD_TORCH_CHECK(!rotated || degrees || overlap == "rotated",
+                  "fastzoo: suppress: overlap aligned, rotated or rotated_degrees expected, got ",
+                  overlap);
   const int64_t n = boxes.size(0);
   STD_TORCH_CHECK(n <= std::numeric_limits<int32_t>::max(),
                   "fastzoo: nms: fewer than 2^31 boxes expected, got ", n);
   const Tensor kept = empty(boxes, {n}, ScalarType::Long);
-  if (n == 0) return kept;
-  const Tensor rows = torch::stable::contiguous(boxes);
-  const Stream stream(boxes);
-  const Tensor progress = torch::stable::new_zeros(
-      boxes, {static_cast<int64_t>(sizeof(Progress) / sizeof(int64_t))}, ScalarType::Long);
-  const Tensor order = falling_order(stream, scores);
-  const Tensor kept_corners = empty(boxes, {n, 4}, compute_dtype(boxes.scalar_type()));
+  const Tensor group = empty(boxes, {match ? n : 0}, ScalarType::Long);
+  if (n == 0) return {kept, group};
 
-  dispatch_float(boxes.scalar_type(), "nms", [&](auto type) {
-    using T = decltype(type);
-    using C = ComputeOf<T>;
-    stream.launch("nms_keep", nms_keep<T, C>, blocks_for(n, kBlock), kBlock,
-                  static_cast<const T*>(rows.const_data_ptr()),
-                  static_cast<const int64_t*>(order.const_data_ptr()), n,
-                  math::round_down<C>(iou_threshold),
-                  static_cast<C*>(kept_corners.mutable_data_ptr()),
-                  static_cast<int64_t*>(kept.mutable_data_ptr()),
-                  static_cast<Progress*>(progress.mutable_data_ptr()));
-  });
-  const int64_t done_and_kept =
-      stream.read_back(static_cast<const int64_t*>(progress.const_data_ptr()));
+  const Stream stream(boxes);
+  const bool gated = idxs.size(0) > 0;
+  const Tensor ids = torch::stable::contiguous(idxs);
+  const Tensor order = falling_order(stream, scores);
+  const Sorted sorted{n, static_cast<const int64_t*>(order.const_data_ptr()),
+                      static_cast<const int64_t*>(ids.const_data_ptr())};
+  const auto run = [&](const auto& of_type, auto threshold) {
+    using Boxes = std::decay_t<decltype(of_type)>;
+    const KeptList<Boxes> list(boxes, 1, n, gated);
+    KeepTask<Boxes> task{of_type, {threshold}, n};
+    task.kept = static_cast<int64_t*>(kept.mutable_data_ptr());
+    task.group = static_cast<int64_t*>(group.mutable_data_ptr());
+    list.give(task);
+    stream.launch("nms_keep", keep_kernel<Boxes>(gated, match), blocks_for(n, kKeepBlock),
+                  kKeepBlock, task);
+    return stream.read_back(list.words()) & int64_t{kKeptOfWord};
+  };
+
+  int64_t count = 0;
+  if (rotated) {
+    const Tensor rows = torch::stable::contiguous(torch::stable::to(boxes, ScalarType::Double));
+    const auto* data = static_cast<const double*>(rows.const_data_ptr());
+    count = run(RotatedBoxes{sorted, data, degrees}, iou_threshold);
+  } else {
+    const Tensor rows = torch::stable::contiguous(boxes);
+    dispatch_float(boxes.scalar_type(), "suppress", [&](auto type) {
+      using T = decltype(type);
+      const auto* data = static_cast<const T*>(rows.const_data_ptr());
+      count = run(AlignedBoxes<T>{sorted, data}, math::round_down<ComputeOf<T>>(iou_threshold));
+    });
+  }
   Tensor whole = kept;
-  return torch::stable::narrow(whole, 0, 0, done_and_kept & 0xffffffff);
+  return {torch::stable::narrow(whole, 0, 0, count), group};
+}
+
+Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
+                   double iou_threshold) {
+  return std::get<0>(suppress(boxes, scores, idxs, iou_threshold, "aligned", false));
+}
+
+Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
+  const Tensor no_segments = empty(boxes, {0}, ScalarType::Long);
+  return batched_nms(boxes, scores, no_segments, iou_threshold);
 }
 
 }  // namespace
@@ -209,4 +119,6 @@ Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastzoo, FASTZOO_CUDA_DISPATCH_KEY, m) {
   fastzoo::implement<fastzoo::cuda::nms>(m, "nms.cuda");
+  fastzoo::implement<fastzoo::cuda::batched_nms>(m, "batched_nms.cuda");
+  fastzoo::implement<fastzoo::cuda::suppress>(m, "suppress.cuda");
 }

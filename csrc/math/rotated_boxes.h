@@ -47,6 +47,15 @@ FASTZOO_HD bool precedes(const RotatedBox& a, const RotatedBox& b) {
   return a.y < b.y;
 }
 
+// By value: a reference to one of two boxes would put both into a GPU's local memory.
+FASTZOO_HD RotatedBox chosen(bool condition, const RotatedBox& a, const RotatedBox& b) {
+  return {select(condition, a.x, b.x),           select(condition, a.y, b.y),
+          select(condition, a.width, b.width),   select(condition, a.height, b.height),
+          select(condition, a.angle, b.angle),   select(condition, a.sine, b.sine),
+          select(condition, a.cosine, b.cosine), select(condition, a.radius, b.radius),
+          select(condition, a.area, b.area)};
+}
+
 FASTZOO_HD double clamp_within(double x, double limit) {
   return maximum(-limit, minimum(x, limit));
 }
@@ -74,13 +83,15 @@ FASTZOO_HD double area_under_edge(double px, double py, double qx, double qy, do
 
 FASTZOO_HD double rotated_intersection(const RotatedBox& first, const RotatedBox& second) {
   if (!(first.width > 0 && first.height > 0 && second.width > 0 && second.height > 0)) return 0;
+  const double apart_x = first.x - second.x;
+  const double apart_y = first.y - second.y;
+  const double reach = first.radius + second.radius;
+  if (apart_x * apart_x + apart_y * apart_y > reach * reach) return 0;
   const bool swapped = precedes(second, first);
-  const RotatedBox& a = swapped ? second : first;
-  const RotatedBox& b = swapped ? first : second;
+  const RotatedBox a = chosen(swapped, second, first);
+  const RotatedBox b = chosen(swapped, first, second);
   const double dx = a.x - b.x;
   const double dy = a.y - b.y;
-  const double reach = a.radius + b.radius;
-  if (dx * dx + dy * dy > reach * reach) return 0;
   // The corners of a in the frame in which b lies along the axes. Equal angles turn by nothing,
   // exactly.
   const bool equal = a.angle == b.angle;
@@ -98,10 +109,9 @@ FASTZOO_HD double rotated_intersection(const RotatedBox& first, const RotatedBox
   const double x4 = x - ux + vx, y4 = y - uy + vy;
   const double w = b.width * 0.5;
   const double h = b.height * 0.5;
-  const double area = -(area_under_edge(x1, y1, x2, y2, w, h) +
-                        area_under_edge(x2, y2, x3, y3, w, h) +
-                        area_under_edge(x3, y3, x4, y4, w, h) +
-                        area_under_edge(x4, y4, x1, y1, w, h));
+  const double area =
+      -(area_under_edge(x1, y1, x2, y2, w, h) + area_under_edge(x2, y2, x3, y3, w, h) +
+        area_under_edge(x3, y3, x4, y4, w, h) + area_under_edge(x4, y4, x1, y1, w, h));
   return maximum(0.0, minimum(area, minimum(a.area, b.area)));
 }
 

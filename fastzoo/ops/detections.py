@@ -71,7 +71,7 @@ _PEAK_NMS = Operator(
     triton="detections.peak_nms",
     has=("reference", "cpu", "triton"),
     cuda_owner="triton",
-    autocast="off",
+    autocast=torch.float32,
 )
 
 

@@ -152,14 +152,14 @@ def _match_samples(dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def _decay_samples(dtype: torch.dtype, *options: dict[str, Any]) -> Iterator[Sample]:
-    """Small sets with each of the options, which are alternately in segments."""
+    """Small sets with each of the options; those of edges alternately in segments."""
     names = ("random-", "lattice-0.5", "identical", "equal", "special", "degenerate-0.5", "elong")
     for sample in samples(dtype):
         boxes, scores, _ = sample.args
         if not sample.name.startswith(names) or len(boxes) > 130:
             continue
         for i, given in enumerate(options):
-            if i % 2:
+            if i % 2 and not sample.name.startswith("random-"):
                 given = {**given, "idxs": in_segments(len(boxes))}
             yield Sample(f"{sample.name}, {i}", (boxes, scores), given)
 

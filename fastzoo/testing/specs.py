@@ -1,6 +1,6 @@
 """The table of public functions."""
 
-from fastzoo.testing import boxes, nms
+from fastzoo.testing import boxes, detections, nms
 from fastzoo.testing.contrastive import CLIP_LOSS, INFO_NCE, SIGMOID_CONTRASTIVE_LOSS
 from fastzoo.testing.margin_softmax import MARGIN_SOFTMAX_LOSS
 from fastzoo.testing.spec import OpSpec
@@ -16,5 +16,6 @@ SPECS: dict[str, OpSpec] = {
         SIGMOID_CONTRASTIVE_LOSS,
         INFO_NCE,
         *boxes.SPECS,
+        *detections.SPECS,
     )
 }

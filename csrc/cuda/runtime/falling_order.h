@@ -30,12 +30,12 @@ __global__ void __launch_bounds__(kKeyThreads)
 }
 
 // Values and indices.
-struct Sorted {
+struct SortedKeys {
   Tensor values, indices;
 };
 
 // Along the last dimension, rising; equal keys by lower index.
-inline Sorted sort_rows(const Tensor& keys) {
+inline SortedKeys sort_rows(const Tensor& keys) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(int64_t{-1}),
