@@ -79,7 +79,8 @@ FASTZOO_INLINE void fill_lists(Args& args, int64_t begin, int64_t end, const Sca
   }
 }
 
-// ---- multiclass_nms ------------------------------------------------------------------------------
+// ---- multiclass_nms
+// ------------------------------------------------------------------------------
 
 template <class T>
 FASTZOO_INLINE void start_candidates(const MulticlassArgs& args, int64_t most, BestRanks<T>& best) {
@@ -171,7 +172,7 @@ struct Multiclass {
 
   MulticlassArgs& args;
   const T threshold;
-  const bool suppresses;   // no overlap exceeds 1
+  const bool suppresses;    // no overlap exceeds 1
   const int64_t most_kept;  // of those that suppress each other
   BestRanks<T> best;
   KeptOfClasses<T> kept;
@@ -288,8 +289,7 @@ struct Multiclass {
   }
 
   math::Box<T> decoded(int64_t place, int64_t label) const {
-    const Element* const stored =
-        boxes + place * args.box_strides[1] + label * args.box_strides[2];
+    const Element* const stored = boxes + place * args.box_strides[1] + label * args.box_strides[2];
     T values[4];
     for (int k = 0; k < 4; ++k) values[k] = widen(stored[k * args.box_strides[3]]);
     const T* const prior =
@@ -310,7 +310,8 @@ struct Multiclass {
   int64_t num;
 };
 
-// ---- peak_nms ------------------------------------------------------------------------------------
+// ---- peak_nms
+// ------------------------------------------------------------------------------------
 
 // The window around a place, within a dimension.
 struct Window {
@@ -361,7 +362,8 @@ FASTZOO_INLINE bool scan_heatmap(const PeakArgs& args, int64_t image, int64_t pa
   using V = Vec<T>;
   start_peaks(args, best);
   const int64_t rows = args.classes * args.height;
-  const Element* const heatmap = static_cast<const Element*>(args.heatmap) + image * rows * args.width;
+  const Element* const heatmap =
+      static_cast<const Element*>(args.heatmap) + image * rows * args.width;
   const int64_t last = rows * (part + 1) / args.parts;
   T least = least_score<T>(best.bound);
   // The columns whose windows are whole, if they fill a vector.
