@@ -52,7 +52,8 @@ void check_best(int& failures) {
     for (int kind = 0; kind < 5; ++kind) {
       std::vector<Rank> sorted(n);
       for (int64_t i = 0; i < n; ++i) sorted[i] = rank_of(score_of<T>(kind, i), i);
-      std::vector<Rank> stream = sorted;
+      std::vector<Rank> stream(n);  // in the order of a matrix seen the other way
+      for (int64_t i = 0; i < n; ++i) stream[i] = sorted[i * 4099 % n];
       std::sort(sorted.begin(), sorted.end());
       for (const int64_t most : {int64_t{0}, int64_t{1}, int64_t{100}, int64_t{700}, n}) {
         BestRanks<T> best;
