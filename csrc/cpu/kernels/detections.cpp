@@ -282,26 +282,42 @@ struct Multiclass {
 
 // ---- peak_nms ------------------------------------------------------------------------------------
 
-// Whether the value is not below any of its window; NaN fails every comparison.
+// The window around a place, within a dimension.
+struct Window {
+  int64_t first, last;
+  Window(int64_t place, int64_t reach, int64_t size)
+      : first(place < reach ? 0 : place - reach),
+        last(size - 1 - place < reach ? size - 1 : place + reach) {}
+};
+
+// NaN fails every comparison, and so is no peak, nor is what is around it.
 template <class Element>
-FASTZOO_INLINE bool is_peak(const PeakArgs& args, const Element* heatmap, int64_t cell) {
-  const int64_t row = cell / args.width;
-  const int64_t x = cell - row * args.width;
-  const int64_t y = row % args.height;
-  const auto low = [&](int64_t at) { return at < args.reach ? 0 : at - args.reach; };
-  const auto high = [&](int64_t at, int64_t size) {
-    return size - 1 - at < args.reach ? size - 1 : at + args.reach;
-  };
-  const int64_t left = low(x), right = high(x, args.width);
-  const Element* const plane = heatmap + (row - y) * args.width;
-  const auto value = widen(heatmap[cell]);
-  // The scan comes from above: what is not yet seen is the likelier to be higher.
-  for (int64_t other = high(y, args.height); other >= low(y); --other) {
-    for (int64_t k = right; k >= left; --k) {
-      if (!(value >= widen(plane[other * args.width + k]))) return false;
+FASTZOO_INLINE bool is_peak(const PeakArgs& args, const Element* plane, Window ys, int64_t y,
+                            int64_t x) {
+  const auto value = widen(plane[y * args.width + x]);
+  const Window xs(x, args.reach, args.width);
+  for (int64_t row = ys.first; row <= ys.last; ++row) {
+    for (int64_t k = xs.first; k <= xs.last; ++k) {
+      if (!(widen(plane[row * args.width + k]) <= value)) return false;
     }
   }
   return true;
+}
+
+// Which of `lanes`, places from x on, are peaks. Their windows have all columns.
+template <class T, class Element>
+FASTZOO_INLINE uint32_t peaks_among(uint32_t lanes, const PeakArgs& args, const Element* plane,
+                                    Window ys, int64_t y, int64_t x) {
+  const Vec<T> values = load_wide(plane + y * args.width + x);
+  // The scan comes from above: what it has not seen yet is the likelier to be higher.
+  for (int64_t row = ys.last; row >= ys.first; --row) {
+    const Element* const line = plane + row * args.width + x;
+    for (int64_t k = -args.reach; k <= args.reach; ++k) {
+      lanes &= less_equal(Vec<T>(load_wide(line + k)), values).bits;
+    }
+    if (lanes == 0) break;
+  }
+  return lanes;
 }
 
 template <class T>
@@ -312,19 +328,57 @@ FASTZOO_INLINE void start_peaks(const PeakArgs& args, BestRanks<T>& best) {
 template <class T, class Element>
 FASTZOO_INLINE bool scan_heatmap(const PeakArgs& args, int64_t image, int64_t part,
                                  BestRanks<T>& best) {
+  using V = Vec<T>;
   start_peaks(args, best);
-  const int64_t cells = args.classes * args.height * args.width;
-  const Element* const heatmap = static_cast<const Element*>(args.heatmap) + image * cells;
-  return scan(heatmap, cells * part / args.parts, cells * (part + 1) / args.parts, best,
-              [&](int64_t cell, T value) {
-                const auto rank = rank_of(value, cell);
-                if (rank < best.bound && is_peak(args, heatmap, cell)) best.push(rank);
-              });
+  const int64_t rows = args.classes * args.height;
+  const Element* const heatmap = static_cast<const Element*>(args.heatmap) + image * rows * args.width;
+  const int64_t last = rows * (part + 1) / args.parts;
+  T least = least_score<T>(best.bound);
+  // The columns whose windows are whole, if they fill a vector.
+  const bool has_inner = args.reach < args.width && args.width - 2 * args.reach >= V::size;
+  const int64_t inner_begin = has_inner ? args.reach : args.width;
+  const int64_t inner_end = has_inner ? args.width - args.reach : args.width;
+  for (int64_t line = rows * part / args.parts; line < last; ++line) {
+    const int64_t y = line % args.height;
+    const Window ys(y, args.reach, args.height);
+    const int64_t begin = line * args.width;
+    const Element* const values = heatmap + begin;
+    const Element* const plane = values - y * args.width;
+    const auto add = [&](uint32_t lanes, int64_t x) {
+      if (!best.reserve(V::size)) return false;
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int64_t place = x + __builtin_ctz(lanes);
+        const auto rank = rank_of(widen(values[place]), begin + place);
+        if (rank < best.bound) best.push(rank);
+      }
+      least = least_score<T>(best.bound);
+      return true;
+    };
+    for (int64_t x = 0; x < args.width; ++x) {
+      if (x == inner_begin) x = inner_end;
+      if (x == args.width) break;
+      if (widen(values[x]) < least || !is_peak(args, plane, ys, y, x)) continue;
+      if (!add(1, x)) return false;
+    }
+    for (int64_t x = inner_begin; x < inner_end; x += V::size) {
+      uint32_t lanes = V::MaskType::kAll;
+      int64_t from = x;
+      if (x + V::size > inner_end) {
+        // The last vector lies over the one before it.
+        from = inner_end - V::size;
+        lanes = lanes << (x - from) & V::MaskType::kAll;
+      }
+      lanes &= not_less(V(load_wide(values + from)), V(least)).bits;
+      if (lanes == 0) continue;
+      lanes = peaks_among<T>(lanes, args, plane, ys, y, from);
+      if (lanes != 0 && !add(lanes, from)) return false;
+    }
+  }
+  return true;
 }
 
 template <class T, class Element>
 FASTZOO_INLINE bool write_peaks(const PeakArgs& args, int64_t image, BestRanks<T>& best) {
-  using Rank = typename RankOf<T>::type;
   if (args.parts == 1) {
     if (!scan_heatmap<T, Element>(args, image, 0, best)) return false;
   } else {

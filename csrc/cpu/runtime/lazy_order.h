@@ -175,7 +175,7 @@ class BestRanks {
   // Makes place for `more` ranks. May lower the bound. False where memory ran out.
   bool reserve(int64_t more) {
     if (count + more <= capacity_) return true;
-    constexpr int64_t kLeast = 4096;
+    constexpr int64_t kLeast = 512;
     // Twice as many as are wanted, so that each is moved only a few times.
     if (count >= most_ + (most_ > kLeast ? most_ : kLeast)) {
       keep_most();
