@@ -121,10 +121,9 @@ def _nms_kernel(
         tested = total
         if BATCHED and total >= most:
             done = block
+    if BATCHED and total >= most:
+        return  # as every later block of this image will
     alive = inside & (tl.max(suppressed.to(tl.int32), axis=1) == 0)
-    if BATCHED:
-        # Where enough are kept, what this block would add and did not wait for is of no account.
-        alive &= total < most
 
     # A box survives if no survivor suppresses it. Each round settles at least one more box, from
     # the first on, and a round that changes nothing has settled all.
