@@ -182,7 +182,8 @@ def soft_nms(
 ) -> tuple[Tensor, Tensor]:
     """The definition's sequence, where only what overlaps the box that is taken is touched."""
     left = scores.clone()
-    keep, taken = [], []
+    keep: list[Tensor] = []
+    taken: list[Tensor] = []
     while True:
         best, i = left.max(0)
         if not best.double() > score_threshold:
@@ -302,10 +303,12 @@ def _share_within(op: str, answer: Tensor, right: Tensor, boxes1: Tensor, boxes2
     """A rows' share at a time, as its tolerance takes many times the memory of the answer."""
     if answer.shape != right.shape:
         return 0.0
+    tolerance = SPECS[op].tolerance
+    assert tolerance is not None
     within = 0
     parts = (t.split(_ROWS // 8) for t in (boxes1.cpu(), answer, right))
     for boxes, a, r in zip(*parts, strict=True):
-        allowed = SPECS[op].tolerance(boxes, boxes2.cpu())
+        allowed = tolerance(boxes, boxes2.cpu())
         within += int(((a.double() - r).abs() <= allowed).sum())
     return within / max(1, right.numel())
 

@@ -20,9 +20,9 @@ from benchmarks.peers import PEERS, partial_fc
 from benchmarks.rows import Problem, Row, measure_row, select
 from fastzoo import ops, reference
 from fastzoo.testing import SPECS, deviation, loss_and_gradients
-from fastzoo.testing.losses import leaves, with_gradients
 from fastzoo.testing.boxes import random_boxes
 from fastzoo.testing.detections import detector_output
+from fastzoo.testing.losses import leaves, with_gradients
 from fastzoo.testing.nms import clustered_boxes
 from fastzoo.testing.vq import random_codes
 

@@ -42,7 +42,7 @@ def detections(
     max_detections: int = 100,
 ) -> list[tuple[Tensor, ...]]:
     """Of each image boxes, scores, labels and locations, without padding."""
-    found = []
+    found: list[tuple[Tensor, ...]] = []
     for own_boxes, own_scores in zip(boxes, scores, strict=True):
         place, label = (own_scores > score_threshold).nonzero().unbind(1)
         level = own_scores[place, label]

@@ -42,7 +42,8 @@ def soft_nms(
 ) -> tuple[Tensor, Tensor]:
     """The sequence, with every box lowered at each step."""
     left = scores.clone()
-    keep, taken = [], []
+    keep: list[Tensor] = []
+    taken: list[Tensor] = []
     while True:
         best, i = left.max(0)
         if not best > score_threshold:
