@@ -140,49 +140,61 @@ Detections with_types(const char* op, const Tensor& boxes, const Tensor& scores,
   return result;
 }
 
-// Segments do not meet, so each is a sequence of its own; scores fall along it, and ties go to the
-// lower index, so that the order of falling scores is the sequence of them all.
+// The boxes whose score could be above the threshold in the end, those of a segment together and
+// by falling score. A decay lies between 0 and 1: a score that is not above a threshold of at
+// least 0 stays so.
+template <class T, class Element>
+Segments candidates(const Element* scores, const Tensor& idxs, int64_t n, double score_threshold) {
+  std::vector<int32_t> order = order_by_falling_score<T>(scores, n);
+  const double least =
+      score_threshold >= 0 ? score_threshold : -std::numeric_limits<double>::infinity();
+  const auto end = std::partition_point(
+      order.begin(), order.end(), [&](int32_t i) { return static_cast<T>(scores[i]) > least; });
+  order.erase(end, order.end());
+  return Segments(std::move(order), idxs);
+}
+
+// Segments do not meet, so each is a sequence of its own. Scores fall along it, and of equal ones
+// the lower index comes first: the order of falling scores is the sequence of them all.
 Detections soft_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
                     std::string method, double iou_threshold, double sigma, double score_threshold,
                     int64_t max_detections) {
   return with_types("soft_nms", boxes, scores, [&](auto type, auto* rows, auto* values) {
     using T = decltype(type);
-    const int64_t n = boxes.size(0);
-    std::vector<int32_t> candidates;
-    for (int64_t i = 0; i < n; ++i) {
-      if (static_cast<T>(values[i]) > score_threshold) {
-        candidates.push_back(static_cast<int32_t>(i));
-      }
-    }
-    const Segments segments(std::move(candidates), idxs);
-    const int64_t count = segments.size();
-    const Tensor columns = column_memory(boxes, count);
+    const Segments segments = candidates<T>(values, idxs, boxes.size(0), score_threshold);
+    const Tensor columns = column_memory(boxes, segments.size());
     gather(rows, segments.boxes, columns_in<T>(columns));
-    std::vector<T> taken_at(count);
-    for (int64_t i = 0; i < count; ++i) taken_at[i] = static_cast<T>(values[segments.boxes[i]]);
-
+    std::vector<T> taken_at(segments.size());
+    for (int64_t i = 0; i < segments.size(); ++i) {
+      taken_at[i] = static_cast<T>(values[segments.boxes[i]]);
+    }
     torch::stable::parallel_for(0, segments.count(), 1, [&](int64_t first, int64_t last) {
       for (int64_t segment = first; segment < last; ++segment) {
         const int64_t begin = segments.begins[segment];
-        const int64_t size = segments.begins[segment + 1] - begin;
-        const Tensor taken = column_memory(boxes, size);
-        std::vector<Waiting<T>> waiting(size);
+        const int64_t n = segments.begins[segment + 1] - begin;
+        const Tensor taken = column_memory(boxes, n);
+        const Tensor waiting = column_memory(boxes, n);
+        std::vector<T> waiting_scores(waiting.size(1));
+        std::vector<int32_t> waiting_positions(n);
         SoftNmsArgs<T> args;
         args.boxes = columns_in<T>(columns, begin);
+        args.indices = segments.boxes.data() + begin;
         args.scores = taken_at.data() + begin;
-        args.waiting = waiting.data();
-        args.taken = columns_in<T>(taken);
-        args.n = size;
+        args.n = n;
         args.most = at_most(max_detections);
         args.method = decay_of(method, "soft_nms");
         args.iou_threshold = math::round_down<T>(iou_threshold);
         args.sigma = sigma;
         args.score_threshold = score_threshold;
+        args.taken = columns_in<T>(taken);
+        args.waiting = columns_in<T>(waiting);
+        args.waiting_scores = waiting_scores.data();
+        args.waiting_positions = waiting_positions.data();
         run(args);
       }
     });
-    std::vector<T> lowered(n, std::numeric_limits<T>::quiet_NaN());
-    for (int64_t i = 0; i < count; ++i) lowered[segments.boxes[i]] = taken_at[i];
+    std::vector<T> lowered(boxes.size(0), std::numeric_limits<T>::quiet_NaN());
+    for (int64_t i = 0; i < segments.size(); ++i) lowered[segments.boxes[i]] = taken_at[i];
     return best_of(boxes, lowered, score_threshold, at_most(max_detections));
   });
 }
@@ -192,15 +204,7 @@ Detections matrix_nms(const Tensor& boxes, const Tensor& scores, const Tensor& i
                       int64_t max_detections) {
   return with_types("matrix_nms", boxes, scores, [&](auto type, auto* rows, auto* values) {
     using T = decltype(type);
-    const int64_t n = boxes.size(0);
-    std::vector<int32_t> order = order_by_falling_score<T>(values, n);
-    // A decay is between 0 and 1: with a threshold of at least 0, a score not above it stays so.
-    const double least =
-        score_threshold >= 0 ? score_threshold : -std::numeric_limits<double>::infinity();
-    const auto end = std::partition_point(
-        order.begin(), order.end(), [&](int32_t i) { return static_cast<T>(values[i]) > least; });
-    order.erase(end, order.end());
-    const Segments segments(std::move(order), idxs);
+    const Segments segments = candidates<T>(values, idxs, boxes.size(0), score_threshold);
     const int64_t count = segments.size();
     const Tensor columns = column_memory(boxes, count);
     gather(rows, segments.boxes, columns_in<T>(columns));
@@ -222,7 +226,7 @@ Detections matrix_nms(const Tensor& boxes, const Tensor& scores, const Tensor& i
     args.sigma = sigma;
     over_rows(cover_kernel(T{}), args);
     over_rows(decay_kernel(T{}), args);
-    std::vector<T> lowered(n, std::numeric_limits<T>::quiet_NaN());
+    std::vector<T> lowered(boxes.size(0), std::numeric_limits<T>::quiet_NaN());
     for (int64_t i = 0; i < count; ++i) {
       const int32_t box = segments.boxes[i];
       lowered[box] = static_cast<T>(values[box]) * static_cast<T>(decays[i]);

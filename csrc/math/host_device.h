@@ -27,10 +27,19 @@ FASTZOO_HD bool greater(float a, float b) { return a > b; }
 FASTZOO_HD bool greater(double a, double b) { return a > b; }
 FASTZOO_HD float select(bool condition, float a, float b) { return condition ? a : b; }
 FASTZOO_HD double select(bool condition, double a, double b) { return condition ? a : b; }
+// a > b ? chosen : other, lane by lane.
+FASTZOO_HD float select_greater(float a, float b, float chosen, float other) {
+  return a > b ? chosen : other;
+}
+FASTZOO_HD double select_greater(double a, double b, double chosen, double other) {
+  return a > b ? chosen : other;
+}
 FASTZOO_HD float exponential(float a) { return ::expf(a); }
 FASTZOO_HD double exponential(double a) { return ::exp(a); }
 FASTZOO_HD float log_one_plus(float a) { return ::log1pf(a); }
 FASTZOO_HD double log_one_plus(double a) { return ::log1p(a); }
+FASTZOO_HD float arctangent(float a) { return ::atanf(a); }
+FASTZOO_HD double arctangent(double a) { return ::atan(a); }
 
 FASTZOO_HD bool is_nan(float a) { return a != a; }
 FASTZOO_HD bool is_nan(double a) { return a != a; }

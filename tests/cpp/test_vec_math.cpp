@@ -1,4 +1,5 @@
-// Exponentials, logarithms and selection of vectors against the C library's in a wider type.
+// Exponentials, logarithms, arctangents and selection of vectors against the C library's in a wider
+// type.
 #include "per_isa.h"
 
 namespace fastzoo::cpu {
@@ -72,6 +73,21 @@ void check_type(int& failures) {
   CHECK(log_one_plus(V(T(0)))[0] == 0);
   CHECK(log_one_plus(V(static_cast<T>(Range<T>::smallest)))[0] ==
         static_cast<T>(Range<T>::smallest));
+
+  const auto tangent = [](V x) { return arctangent(x); };
+  for (const double end : {0.4142, 2.4143, 40., 1e6}) {
+    CHECK(worst<T>(end / 1e5, end, tangent, atanl) < 2);
+    CHECK(worst<T>(-end, -end / 1e5, tangent, atanl) < 2);
+  }
+  CHECK(arctangent(V(T(0)))[0] == 0);
+  CHECK(arctangent(V(static_cast<T>(Range<T>::smallest)))[0] == static_cast<T>(Range<T>::smallest));
+  CHECK(arctangent(V(infinity))[0] == static_cast<T>(1.57079632679489661923));
+  CHECK(arctangent(V(-infinity))[0] == static_cast<T>(-1.57079632679489661923));
+  CHECK(math::is_nan(arctangent(V(nan))[V::size - 1]));
+  const V ahead = select_greater(V(T(2)), V(T(1)), V(T(3)), V(T(4)));
+  const V level = select_greater(V(T(1)), V(T(1)), V(T(3)), V(T(4)));
+  CHECK(ahead[0] == 3 && level[V::size - 1] == 4);
+  CHECK(select_greater(V(nan), V(T(1)), V(T(3)), V(T(4)))[0] == 4);
 
   const auto softplus = [](V z) { return math::softplus(z); };
   const auto exact_softplus = [](long double z) { return log1pl(expl(z)); };

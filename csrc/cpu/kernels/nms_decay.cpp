@@ -35,16 +35,21 @@ FASTZOO_INLINE void each_overlap(const BoxColumns<T>& boxes, int64_t begin, int6
   constexpr int kSize = Vec<T>::size;
   for (int64_t first = begin / kSize * kSize; first < end; first += kSize) {
     const Wide<T> others = boxes_from(boxes, first);
-    const Vec<T> intersection = math::box_intersection(others, box);
-    if (kTouching && !greater(intersection, Vec<T>(T(0))).any()) continue;
+    uint32_t hits = Vec<T>::MaskType::kAll;
+    if (kTouching) {
+      hits = less(maximum(others.x1, box.x1), minimum(others.x2, box.x2)).bits &
+             less(maximum(others.y1, box.y1), minimum(others.y2, box.y2)).bits;
+      if (hits == 0) continue;
+    }
     const Vec<T> least = limit(first);
-    const Vec<T> whole = math::box_union(others, box, intersection);
-    if (kTouching &&
-        !(not_less(intersection, least * whole).bits & greater(intersection, Vec<T>(T(0))).bits)) {
-      continue;
+    if (kTouching) {
+      const Vec<T> intersection = math::box_intersection(others, box);
+      const Vec<T> product = least * math::box_union(others, box, intersection);
+      hits &= not_less(intersection, product).bits;
+      if (hits == 0) continue;
     }
     const Vec<T> iou = math::box_iou(others, box);
-    uint32_t hits = greater(iou, least).bits;
+    hits &= greater(iou, least).bits;
     if (first < begin) hits &= ~0u << (begin - first);
     if (first + kSize > end) hits &= (1u << (end - first)) - 1;
     if (hits == 0) continue;
@@ -58,61 +63,141 @@ FASTZOO_INLINE void each_overlap(const BoxColumns<T>& boxes, int64_t begin, int6
 }
 
 template <class T>
-FASTZOO_INLINE bool is_better(const Waiting<T>& a, const Waiting<T>& b) {
-  return a.score > b.score || (a.score == b.score && a.position < b.position);
+FASTZOO_INLINE void copy_box(const BoxColumns<T>& from, int64_t i, const BoxColumns<T>& to,
+                             int64_t j) {
+  to.x1[j] = from.x1[i];
+  to.y1[j] = from.y1[i];
+  to.x2[j] = from.x2[i];
+  to.y2[j] = from.y2[i];
 }
 
-// Restores the heap, the best in front, where only the entry at `i` may stand too far in front.
+// The boxes that were looked at and not taken yet, with their scores as they now are. A score of
+// 0 says that the box will not be taken.
 template <class T>
-FASTZOO_INLINE void sift_down(Waiting<T>* heap, int64_t n, int64_t i) {
-  const Waiting<T> moved = heap[i];
-  for (int64_t child = 2 * i + 1; child < n; child = 2 * i + 1) {
-    child += child + 1 < n && is_better(heap[child + 1], heap[child]);
-    if (!is_better(heap[child], moved)) break;
-    heap[i] = heap[child];
-    i = child;
-  }
-  heap[i] = moved;
-}
+class Waiting {
+ public:
+  explicit Waiting(const SoftNmsArgs<T>& args) : args_(args) {}
 
+  struct Best {
+    int64_t slot;
+    T score;
+  };
+
+  // Score 0 where there is none.
+  __attribute__((always_inline)) Best best() const {
+    constexpr int kSize = Vec<T>::size;
+    Vec<T> highest(T(0));
+    for (int64_t first = 0; first < count_; first += kSize) {
+      highest = maximum(highest, Vec<T>::load(args_.waiting_scores + first));
+    }
+    Best best = {0, lane_maximum(highest)};
+    if (best.score == 0) return best;
+    best.slot = -1;
+    for (int64_t first = 0; first < count_; first += kSize) {
+      const Vec<T> scores = Vec<T>::load(args_.waiting_scores + first);
+      uint32_t equal = not_less(scores, Vec<T>(best.score)).bits;
+      for (; equal != 0; equal &= equal - 1) {
+        const int64_t slot = first + __builtin_ctz(equal);
+        if (best.slot < 0 || index(slot) < index(best.slot)) best.slot = slot;
+      }
+    }
+    return best;
+  }
+
+  __attribute__((always_inline)) bool is_better(const Best& a, const Best& b) const {
+    return a.score > b.score || (a.score == b.score && index(a.slot) < index(b.slot));
+  }
+
+  __attribute__((always_inline)) Best add(int64_t position, T score) {
+    copy_box(args_.boxes, position, args_.waiting, count_);
+    args_.waiting_scores[count_] = score;
+    args_.waiting_positions[count_] = static_cast<int32_t>(position);
+    return {count_++, score};
+  }
+
+  __attribute__((always_inline)) int64_t position(int64_t slot) const {
+    return args_.waiting_positions[slot];
+  }
+
+  // The last one takes its slot.
+  __attribute__((always_inline)) void remove(int64_t slot) {
+    move(--count_, slot);
+    args_.waiting_scores[count_] = 0;
+  }
+
+  template <bool kTouching>
+  __attribute__((always_inline)) void lower(const Wide<T>& taken, T limit) {
+    each_overlap<kTouching>(
+        args_.waiting, 0, count_, taken, [&](int64_t) { return Vec<T>(limit); },
+        [&](int64_t slot, T iou) {
+          T& score = args_.waiting_scores[slot];
+          if (score == 0) return true;
+          score = score * math::soft_decay(iou, args_.method, args_.iou_threshold, args_.sigma);
+          if (!(score > args_.score_threshold)) {
+            score = 0;
+            ++lost_;
+          }
+          return true;
+        });
+    if (8 * lost_ > count_) drop_lost();
+  }
+
+ private:
+  int32_t index(int64_t slot) const { return args_.indices[args_.waiting_positions[slot]]; }
+
+  __attribute__((always_inline)) void move(int64_t from, int64_t to) {
+    copy_box(args_.waiting, from, args_.waiting, to);
+    args_.waiting_scores[to] = args_.waiting_scores[from];
+    args_.waiting_positions[to] = args_.waiting_positions[from];
+  }
+
+  __attribute__((always_inline)) void drop_lost() {
+    for (int64_t slot = 0; slot < count_;) {
+      if (args_.waiting_scores[slot] == 0) {
+        remove(slot);
+      } else {
+        ++slot;
+      }
+    }
+    lost_ = 0;
+  }
+
+  const SoftNmsArgs<T>& args_;
+  int64_t count_ = 0;
+  int64_t lost_ = 0;
+};
+
+// A score as it was given is an upper bound, as no decay exceeds 1. So a box is looked at once its
+// score is not below the best of those that wait; it then is lowered by all that were taken
+// before, and waits, lowered by each one taken after.
 template <bool kTouching, class T>
 FASTZOO_INLINE void soft_nms(const SoftNmsArgs<T>& args, T limit) {
-  Waiting<T>* const waiting = args.waiting;
-  int64_t left = args.n;
-  for (int64_t i = 0; i < left; ++i) {
-    waiting[i] = {args.scores[i], static_cast<int32_t>(i), 0};
-    args.scores[i] = static_cast<T>(__builtin_nan(""));
-  }
-  for (int64_t i = left / 2; i-- > 0;) sift_down(waiting, left, i);
-
-  for (int64_t taken = 0; left > 0 && taken < args.most;) {
-    Waiting<T>& best = waiting[0];
-    const int64_t position = best.position;
-    const T bound = best.score;
-    T score = bound;
-    each_overlap<kTouching>(
-        args.taken, best.seen, taken, box_at(args.boxes, position),
-        [&](int64_t) { return Vec<T>(limit); },
-        [&](int64_t, T iou) {
-          score = score * math::soft_decay(iou, args.method, args.iou_threshold, args.sigma);
-          return score > args.score_threshold;
-        });
-    if (score == bound) {
-      args.scores[position] = score;
-      args.taken.x1[taken] = args.boxes.x1[position];
-      args.taken.y1[taken] = args.boxes.y1[position];
-      args.taken.x2[taken] = args.boxes.x2[position];
-      args.taken.y2[taken] = args.boxes.y2[position];
-      ++taken;
+  Waiting<T> waiting(args);
+  int64_t next = 0;
+  for (int64_t taken = 0; taken < args.most; ++taken) {
+    auto best = waiting.best();
+    for (; next < args.n && args.scores[next] >= best.score; ++next) {
+      T score = args.scores[next];
+      args.scores[next] = static_cast<T>(__builtin_nan(""));
+      each_overlap<kTouching>(
+          args.taken, 0, taken, box_at(args.boxes, next), [&](int64_t) { return Vec<T>(limit); },
+          [&](int64_t, T iou) {
+            score = score * math::soft_decay(iou, args.method, args.iou_threshold, args.sigma);
+            return score > args.score_threshold;
+          });
+      if (!(score > args.score_threshold)) continue;
+      const auto added = waiting.add(next, score);
+      if (best.score == 0 || waiting.is_better(added, best)) best = added;
     }
-    if (score < bound && score > args.score_threshold) {
-      best.score = score;
-      best.seen = static_cast<int32_t>(taken);
-    } else {
-      best = waiting[--left];
-    }
-    sift_down(waiting, left, 0);
+    if (best.score == 0) break;
+    const int64_t position = waiting.position(best.slot);
+    args.scores[position] = best.score;
+    copy_box(args.boxes, position, args.taken, taken);
+    waiting.remove(best.slot);
+    waiting.template lower<kTouching>(box_at(args.boxes, position), limit);
   }
+  // Where `most` ended it, the rest was never looked at.
+  for (; next < args.n; ++next) args.scores[next] = static_cast<T>(__builtin_nan(""));
 }
 
 template <class T>

@@ -16,26 +16,22 @@ struct BoxColumns {
   T *x1, *y1, *x2, *y2;
 };
 
-// A box of soft-NMS that is not taken yet. Its score lacks the decays of the boxes taken after
-// the first `seen`; as no decay exceeds 1, it is an upper bound.
-template <class T>
-struct Waiting {
-  T score;
-  int32_t position;
-  int32_t seen;
-};
-
-// One segment; its boxes in the order that breaks ties.
+// One segment, its boxes by falling score.
 template <class T>
 struct SoftNmsArgs {
-  BoxColumns<T> boxes;  // [n]
-  T* scores;            // [n] in: each above the threshold; out: as it was taken, NaN if never
-  Waiting<T>* waiting;  // [n] scratch
-  BoxColumns<T> taken;  // [n] scratch, with room for a whole vector
-  int64_t n, most;      // at most so many are taken
+  BoxColumns<T> boxes;     // [n]
+  const int32_t* indices;  // [n] of equal scores the box of the lower index is taken first
+  T* scores;               // [n] in: all above the threshold; out: as it was taken, NaN if never
+  int64_t n, most;         // at most so many are taken
   math::Decay method;
   T iou_threshold;
   double sigma, score_threshold;
+
+  // Scratch, with room for a whole vector.
+  BoxColumns<T> taken;         // [n]
+  BoxColumns<T> waiting;       // [n] looked at, but not taken yet
+  T* waiting_scores;           // [n] zeros
+  int32_t* waiting_positions;  // [n]
 };
 
 // All segments, one after another, the boxes of each by falling score. Columns have room for a

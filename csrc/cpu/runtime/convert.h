@@ -27,6 +27,35 @@ FASTZOO_INLINE float widen(Half value) {
 #endif
 }
 
+// As many elements as a vector has lanes.
+FASTZOO_INLINE Vec<float> load_wide(const float* p) { return Vec<float>::load(p); }
+FASTZOO_INLINE Vec<double> load_wide(const double* p) { return Vec<double>::load(p); }
+
+#if defined(__AVX512F__)
+FASTZOO_INLINE __m256i load_halves(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+FASTZOO_INLINE Vec<float> load_wide(const Half* p) { return _mm512_cvtph_ps(load_halves(p)); }
+FASTZOO_INLINE Vec<float> load_wide(const BFloat16* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves(p)), 16));
+}
+#elif defined(__AVX2__)
+FASTZOO_INLINE __m128i load_halves(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+FASTZOO_INLINE Vec<float> load_wide(const Half* p) { return _mm256_cvtph_ps(load_halves(p)); }
+FASTZOO_INLINE Vec<float> load_wide(const BFloat16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_halves(p)), 16));
+}
+#else
+template <class Element>
+FASTZOO_INLINE Vec<float> load_wide(const Element* p) {
+  Vec<float> values;
+  for (int i = 0; i < Vec<float>::size; ++i) values.v[i] = widen(p[i]);
+  return values;
+}
+#endif
+
 // narrow(value, element): rounds to float, then to the element; ties to even.
 FASTZOO_INLINE void narrow(double value, float& element) { element = static_cast<float>(value); }
 FASTZOO_INLINE void narrow(double value, double& element) { element = value; }

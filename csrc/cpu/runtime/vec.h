@@ -73,7 +73,8 @@ struct Vec {
 
 // fused_multiply_add: one rounding where the CPU has the instruction, two on the baseline.
 // maximum(a, b) is std::max lane by lane: a unless a < b (so a where either is NaN).
-// less(a, b), not_less(a, b): the lanes where a < b holds, or where it does not (NaN: not less).
+// less(a, b), less_equal(a, b): the lanes where a < b holds, or a <= b. Neither holds for NaN.
+// not_less(a, b): the lanes where a < b does not hold.
 #if defined(__AVX512F__)
 
 FASTZOO_INLINE Vec<float> fused_multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -83,6 +84,9 @@ FASTZOO_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) { return _mm512_ma
 FASTZOO_INLINE Vec<float> minimum(Vec<float> a, Vec<float> b) { return _mm512_min_ps(b.v, a.v); }
 FASTZOO_INLINE Vec<float>::MaskType less(Vec<float> a, Vec<float> b) {
   return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+FASTZOO_INLINE Vec<float>::MaskType less_equal(Vec<float> a, Vec<float> b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)};
 }
 FASTZOO_INLINE Vec<float>::MaskType not_less(Vec<float> a, Vec<float> b) {
   return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ)};
@@ -94,6 +98,9 @@ FASTZOO_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) { return _mm512
 FASTZOO_INLINE Vec<double> minimum(Vec<double> a, Vec<double> b) { return _mm512_min_pd(b.v, a.v); }
 FASTZOO_INLINE Vec<double>::MaskType less(Vec<double> a, Vec<double> b) {
   return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+FASTZOO_INLINE Vec<double>::MaskType less_equal(Vec<double> a, Vec<double> b) {
+  return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_LE_OQ)};
 }
 FASTZOO_INLINE Vec<double>::MaskType not_less(Vec<double> a, Vec<double> b) {
   return {_mm512_cmp_pd_mask(a.v, b.v, _CMP_NLT_UQ)};
@@ -109,6 +116,9 @@ FASTZOO_INLINE Vec<float> minimum(Vec<float> a, Vec<float> b) { return _mm256_mi
 FASTZOO_INLINE Vec<float>::MaskType less(Vec<float> a, Vec<float> b) {
   return {static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)))};
 }
+FASTZOO_INLINE Vec<float>::MaskType less_equal(Vec<float> a, Vec<float> b) {
+  return {static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)))};
+}
 FASTZOO_INLINE Vec<float>::MaskType not_less(Vec<float> a, Vec<float> b) {
   return {static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)))};
 }
@@ -119,6 +129,9 @@ FASTZOO_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) { return _mm256
 FASTZOO_INLINE Vec<double> minimum(Vec<double> a, Vec<double> b) { return _mm256_min_pd(b.v, a.v); }
 FASTZOO_INLINE Vec<double>::MaskType less(Vec<double> a, Vec<double> b) {
   return {static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ)))};
+}
+FASTZOO_INLINE Vec<double>::MaskType less_equal(Vec<double> a, Vec<double> b) {
+  return {static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_LE_OQ)))};
 }
 FASTZOO_INLINE Vec<double>::MaskType not_less(Vec<double> a, Vec<double> b) {
   return {static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_NLT_UQ)))};
@@ -138,6 +151,9 @@ FASTZOO_INLINE Vec<float> minimum(Vec<float> a, Vec<float> b) { return _mm_min_p
 FASTZOO_INLINE Vec<float>::MaskType less(Vec<float> a, Vec<float> b) {
   return {static_cast<uint32_t>(_mm_movemask_ps(_mm_cmplt_ps(a.v, b.v)))};
 }
+FASTZOO_INLINE Vec<float>::MaskType less_equal(Vec<float> a, Vec<float> b) {
+  return {static_cast<uint32_t>(_mm_movemask_ps(_mm_cmple_ps(a.v, b.v)))};
+}
 FASTZOO_INLINE Vec<float>::MaskType not_less(Vec<float> a, Vec<float> b) {
   return {static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpnlt_ps(a.v, b.v)))};
 }
@@ -145,6 +161,9 @@ FASTZOO_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) { return _mm_ma
 FASTZOO_INLINE Vec<double> minimum(Vec<double> a, Vec<double> b) { return _mm_min_pd(b.v, a.v); }
 FASTZOO_INLINE Vec<double>::MaskType less(Vec<double> a, Vec<double> b) {
   return {static_cast<uint32_t>(_mm_movemask_pd(_mm_cmplt_pd(a.v, b.v)))};
+}
+FASTZOO_INLINE Vec<double>::MaskType less_equal(Vec<double> a, Vec<double> b) {
+  return {static_cast<uint32_t>(_mm_movemask_pd(_mm_cmple_pd(a.v, b.v)))};
 }
 FASTZOO_INLINE Vec<double>::MaskType not_less(Vec<double> a, Vec<double> b) {
   return {static_cast<uint32_t>(_mm_movemask_pd(_mm_cmpnlt_pd(a.v, b.v)))};
@@ -164,6 +183,12 @@ template <class T>
 FASTZOO_INLINE typename Vec<T>::MaskType less(Vec<T> a, Vec<T> b) {
   uint32_t bits = 0;
   for (int i = 0; i < Vec<T>::size; ++i) bits |= static_cast<uint32_t>(a.v[i] < b.v[i]) << i;
+  return {bits};
+}
+template <class T>
+FASTZOO_INLINE typename Vec<T>::MaskType less_equal(Vec<T> a, Vec<T> b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < Vec<T>::size; ++i) bits |= static_cast<uint32_t>(a.v[i] <= b.v[i]) << i;
   return {bits};
 }
 template <class T>

@@ -1,5 +1,5 @@
-// Selection, exponentials and logarithms of vectors. Included like vec.h. The scalar twins are in
-// csrc/math/host_device.h.
+// Selection, exponentials, logarithms and arctangents of vectors. Included like vec.h. The scalar
+// twins are in csrc/math/host_device.h.
 #pragma once
 
 #include "vec.h"
@@ -48,6 +48,12 @@ FASTZOO_INLINE Vec<T> select(Mask<Vec<T>::size> mask, Vec<T> a, Vec<T> b) {
   return result;
 }
 #endif
+
+// `chosen` in the lanes where a > b holds, `other` in the others.
+template <class T>
+FASTZOO_INLINE Vec<T> select_greater(Vec<T> a, Vec<T> b, Vec<T> chosen, Vec<T> other) {
+  return a.v > b.v ? chosen.v : other.v;
+}
 
 FASTZOO_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
 FASTZOO_INLINE double square_root(double a) { return __builtin_sqrt(a); }
@@ -124,6 +130,33 @@ FASTZOO_INLINE Vec<T> log_one_plus(Vec<T> x) {
   }
   const V twice = s + s;
   return fused_multiply_add(twice, sum * square, twice);
+}
+
+// The arctangent, within 2 units in the last place. Tangents are brought below that of pi/8 by
+// turning by pi/4 or pi/2, where the square in the series is at most 0.172.
+template <class T>
+FASTZOO_INLINE Vec<T> arctangent(Vec<T> x) {
+  using V = Vec<T>;
+  constexpr int kTerms = sizeof(T) == 4 ? 10 : 21;
+  const V zero(T(0)), one(T(1));
+  const V size = maximum(x, zero - x);
+  const V low(static_cast<T>(0.41421356237309503));   // tan(pi/8)
+  const V high(static_cast<T>(2.41421356237309503));  // its inverse
+  const auto by_size = [&](V above_high, V above_low, V below) {
+    return select_greater(size, high, above_high, select_greater(size, low, above_low, below));
+  };
+  const V s = by_size(zero - one, size - one, size) / by_size(size, size + one, one);
+  const V turned = by_size(V(static_cast<T>(1.57079632679489661923)),
+                           V(static_cast<T>(0.78539816339744830962)), zero);
+  const V square = s * s;
+  V sum(T(0));
+#pragma GCC unroll 24
+  for (int i = kTerms - 1; i > 0; --i) {
+    sum =
+        fused_multiply_add(sum, square, V((i % 2 == 0 ? T(1) : T(-1)) / static_cast<T>(2 * i + 1)));
+  }
+  const V angle = turned + fused_multiply_add(s, sum * square, s);
+  return select_greater(zero, x, zero - angle, angle);
 }
 
 }  // namespace fastzoo::cpu::FASTZOO_CPU_ISA
