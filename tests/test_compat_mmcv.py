@@ -93,9 +93,11 @@ def test_nms(threshold: float, offset: int) -> None:
     kept = [g[0] for g in groups_of(boxes, scores, threshold, offset, equal=False)]
     check(*mmcv.nms(BOXES, SCORES, threshold, offset), BOXES, kept, SCORES[kept].tolist())
     check(*mmcv.nms(boxes, scores, threshold, offset), boxes, kept, scores[kept].tolist())
-    strong = [i for i in kept if scores[i] > 0.4][:5]
-    some = mmcv.nms(boxes, scores, threshold, offset, score_threshold=0.4, max_num=5)
-    check(*some, boxes, strong, scores[strong].tolist())
+    strong = [i for i in kept if scores[i] > 0.9]
+    for most in (-1, 3):
+        wanted = strong[:most] if most > 0 else strong
+        some = mmcv.nms(boxes, scores, threshold, offset, score_threshold=0.9, max_num=most)
+        check(*some, boxes, wanted, scores[wanted].tolist())
 
 
 def test_offset_matters_and_is_checked() -> None:
