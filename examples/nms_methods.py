@@ -24,8 +24,8 @@ COPIES = 14
 SHOWN = 0.35
 INK, PAPER = "#1b2a3a", "#f3f6f8"
 COLOURS = "#e4572e", "#17779a"  # of the two classes
-# Centre, sides, degrees clockwise, class. In three corners a pair that is hard to tell apart: of one
-# class, of two classes, and side by side aslant.
+# Centre, sides, degrees clockwise, class. In three corners a pair that is hard to tell apart: of
+# one class, of two classes, and side by side aslant.
 OBJECTS = torch.tensor(
     [
         [62.0, 60, 72, 70, 0, 0],
