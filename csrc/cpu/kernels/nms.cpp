@@ -3,39 +3,91 @@
 #include "nms.h"
 
 #include "../runtime/kept_boxes.h"
+#include "../runtime/rotated_overlap.h"
 
 namespace fastzoo::cpu::FASTZOO_CPU_ISA {
 namespace {
 
 template <class T>
-FASTZOO_INLINE void nms(NmsArgs<T>& args) {
+struct Boxes {
+  static constexpr int kNumbers = 4;
+  const T* data;
+  explicit Boxes(const SuppressArgs& args) : data(static_cast<const T*>(args.boxes)) {}
+  __attribute__((always_inline)) const T* address(int64_t index) const { return data + index * 4; }
+  __attribute__((always_inline)) math::Box<T> operator[](int64_t index) const {
+    return load_box(address(index));
+  }
+  T threshold_of(const SuppressArgs& args) const { return math::round_down<T>(args.threshold); }
+};
+
+template <>
+struct Boxes<math::RotatedBox> {
+  const double* data;
+  bool degrees;
+  explicit Boxes(const SuppressArgs& args)
+      : data(static_cast<const double*>(args.boxes)), degrees(args.degrees) {}
+  __attribute__((always_inline)) const double* address(int64_t index) const {
+    return data + index * 5;
+  }
+  __attribute__((always_inline)) PlacedBox operator[](int64_t index) const {
+    return load_rotated_box(address(index), degrees);
+  }
+  double threshold_of(const SuppressArgs& args) const { return args.threshold; }
+};
+
+template <class T, bool kMatch>
+FASTZOO_INLINE void suppress(SuppressArgs& args) {
+  const Boxes<T> boxes(args);
+  const auto threshold = boxes.threshold_of(args);
   // No overlap exceeds 1, as no union comes out smaller than the intersection.
-  if (!(args.threshold < 1)) {
-    args.kept = args.n;
+  if (!(threshold < 1) || args.n <= 1) {
+    for (int64_t i = 0; i < args.n; ++i) args.by[args.ranks[i]] = args.ranks[i];
+    args.kept += args.n;
     return;
   }
-  KeptBoxes<T> kept(args.n, args.threshold);
-  if (kept.out_of_memory()) {
-    args.kept = -1;
-    return;
-  }
-  const bool inert_boxes_matter = args.threshold < 0;
-  args.kept = 0;
+  using Kept = KeptBoxes<T, kMatch>;
+  Kept kept(args.n, Overlap<T>(threshold));
+  const bool inert_boxes_matter = threshold < 0;
+  int64_t inert = 0;
+  int64_t active = 0;  // ranks of the kept ones that can suppress come to stand in front
   for (int64_t i = 0; i < args.n; ++i) {
     // The order by score is no order in memory.
     constexpr int64_t kAhead = 8;
     if (i + kAhead < args.n) {
-      __builtin_prefetch(args.boxes + static_cast<int64_t>(args.order[i + kAhead]) * 4);
+      __builtin_prefetch(boxes.address(args.order[args.ranks[i + kAhead]]));
     }
-    const int32_t index = args.order[i];
-    const math::Box<T> box = load_box(args.boxes + static_cast<int64_t>(index) * 4);
-    if ((is_inert(box) && !inert_boxes_matter) || kept.add(box)) args.order[args.kept++] = index;
+    const int32_t rank = args.ranks[i];
+    const auto box = boxes[args.order[rank]];
+    int32_t by = rank;
+    if (!inert_boxes_matter && is_inert(box)) {
+      ++inert;
+    } else {
+      const int32_t first = kept.add_or_find(box);
+      if (first == Kept::kNone) {
+        args.ranks[active++] = rank;
+      } else {
+        by = kMatch ? args.ranks[first] : -1;
+      }
+    }
+    args.by[rank] = by;
+  }
+  args.kept += inert + active;
+  args.out_of_memory |= kept.out_of_memory();
+}
+
+template <class T>
+FASTZOO_INLINE void suppress(SuppressArgs& args) {
+  if (args.match) {
+    suppress<T, true>(args);
+  } else {
+    suppress<T, false>(args);
   }
 }
 
 }  // namespace
 
-void nms_float(NmsArgs<float>& args) { nms(args); }
-void nms_double(NmsArgs<double>& args) { nms(args); }
+void suppress_float(SuppressArgs& args) { suppress<float>(args); }
+void suppress_double(SuppressArgs& args) { suppress<double>(args); }
+void suppress_rotated(SuppressArgs& args) { suppress<math::RotatedBox>(args); }
 
 }  // namespace fastzoo::cpu::FASTZOO_CPU_ISA

@@ -6,16 +6,22 @@
 
 namespace fastzoo::cpu {
 
-template <class T>
-struct NmsArgs {
-  const T* boxes;  // [n, 4]
+// Greedy suppression within one segment. A box is named by its rank, its place by falling score.
+struct SuppressArgs {
+  const void* boxes;     // [., 4] of the kernel's type; rotated: [., 5] of double
+  double threshold;      // an overlap above it suppresses
+  bool degrees;          // of rotated boxes
+  bool match;            // whether it is wanted which box suppresses one
+  const int32_t* order;  // by rank, the boxes
+  int32_t* ranks;        // [n] of the segment, rising; overwritten
   int64_t n;
-  T threshold;     // an overlap above it suppresses
-  int32_t* order;  // in: the n boxes by falling score; out: those kept, in front
-  int64_t kept;    // out: how many; -1 where memory ran out
+  int32_t* by;         // out, by rank: the first that suppresses it (-1 without match), or itself
+  int64_t kept;        // the kept ones are added to it
+  bool out_of_memory;  // set where memory ran out
 };
 
-FASTZOO_DECLARE_KERNEL(nms_float, (NmsArgs<float>&))
-FASTZOO_DECLARE_KERNEL(nms_double, (NmsArgs<double>&))
+FASTZOO_DECLARE_KERNEL(suppress_float, (SuppressArgs&))
+FASTZOO_DECLARE_KERNEL(suppress_double, (SuppressArgs&))
+FASTZOO_DECLARE_KERNEL(suppress_rotated, (SuppressArgs&))
 
 }  // namespace fastzoo::cpu
