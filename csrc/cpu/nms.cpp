@@ -116,14 +116,14 @@ Measure parse_overlap(const std::string& name) {
                   name);
 }
 
-// The numbers of a contiguous tensor of elements as T, in `room` where they are not.
+// The numbers of a contiguous tensor [N, M] of elements as T, in `room` where they are not.
 template <class T, class Element>
 const T* numbers_as(const Tensor& tensor, std::vector<T>& room) {
   const Element* const given = static_cast<const Element*>(tensor.const_data_ptr());
   if constexpr (std::is_same_v<Element, T>) {
     return given;
   } else {
-    room.assign(given, given + tensor.numel());
+    room.assign(given, given + tensor.size(0) * tensor.size(1));
     return room.data();
   }
 }
