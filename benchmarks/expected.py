@@ -1,6 +1,7 @@
 """The answer that a row must give, and how near another answer comes to it."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,12 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastzoo import ops, reference
+from fastzoo.reference.boxes import box_area, box_intersection
 from fastzoo.reference.margin_softmax import margin_softmax_target, per_row
+from fastzoo.reference.nms import box_iou_with, falling_order, round_down, soft_decay
 from fastzoo.testing import SPECS
 from fastzoo.testing.losses import leaves, loss_and_gradients
 
 _ROWS = 1024
 _CLASSES = 8192
+_MANY_BOXES = 50_000
+# A lowered score has a rounding for each box that lowered it, and a cancellation in 1 - overlap.
+_SCORE_TOLERANCE = 1e-3
 
 
 def vq_nearest(x: Tensor, codebook: Tensor) -> Tensor:
@@ -120,20 +126,136 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor,
     return loss, *total
 
 
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """The definition's answer: of many boxes, only near ones are compared.
+
+    Boxes that overlap have their first corners no farther apart than the longest side is: in the
+    same cell of a grid of that pitch, or in neighbouring ones. What overlaps more than the
+    threshold, by the definition's arithmetic, is then gone through by falling score.
+    """
+    if len(boxes) < _MANY_BOXES:
+        return reference.nms(boxes, scores, iou_threshold)
+    order = falling_order(scores)
+    corner = boxes[order, :2].double()
+    pitch = (boxes[order, 2:].double() - corner).max()
+    column, row = ((corner - corner.amin(0)) / pitch).long().add(1).unbind(1)
+    width = int(column.max()) + 2
+    # By cell from here on, so that a box's neighbours lie together; rank is that of the score.
+    cell, rank = (row * width + column).sort()
+    boxes = boxes[order[rank]]
+    sides = [(boxes[:, axis].contiguous(), boxes[:, axis + 2].contiguous()) for axis in (0, 1)]
+    first, second = [], []
+    for shift in (0, 1, width - 1, width, width + 1):  # each pair of cells once
+        begin = torch.searchsorted(cell, cell + shift)
+        count = torch.searchsorted(cell, cell + shift, right=True) - begin
+        for part in torch.arange(len(boxes)).split(_ROWS << 5):
+            a = part.repeat_interleave(count[part])
+            start = (begin[part] - count[part].cumsum(0) + count[part])[a - part[0]]
+            b = start + torch.arange(len(a))
+            for low, high in sides:
+                both = (low[a] < high[b]) & (low[b] < high[a])
+                a, b = a[both], b[both]
+            intersection = box_intersection(boxes[a], boxes[b])
+            overlap = intersection / (box_area(boxes[a]) + box_area(boxes[b]) - intersection)
+            near = (overlap > round_down(iou_threshold, boxes.dtype)) & (a != b)
+            first.append(torch.minimum(rank[a[near]], rank[b[near]]))
+            second.append(torch.maximum(rank[a[near]], rank[b[near]]))
+    better, worse = torch.cat(first), torch.cat(second)
+    by_better = better.argsort()
+    suppressed, worse_of = bytearray(len(boxes)), worse[by_better].tolist()
+    starts = torch.searchsorted(better[by_better], torch.arange(len(boxes) + 1)).tolist()
+    for i in range(len(boxes)):
+        if not suppressed[i]:
+            for j in worse_of[starts[i] : starts[i + 1]]:
+                suppressed[j] = 1
+    return order[torch.frombuffer(suppressed, dtype=torch.uint8) == 0]
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    method: str = "linear",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    score_threshold: float = 0.001,
+) -> tuple[Tensor, Tensor]:
+    """The definition's sequence, where only what overlaps the box that is taken is touched."""
+    left = scores.clone()
+    keep: list[Tensor] = []
+    taken: list[Tensor] = []
+    while True:
+        best, i = left.max(0)
+        if not best.double() > score_threshold:
+            return torch.stack(keep), torch.stack(taken)
+        keep.append(i)
+        taken.append(best)
+        left[i] = -torch.inf
+        overlap = box_iou_with(boxes[i], boxes)
+        touched = ((overlap > 0) & (left > 0)).nonzero()[:, 0]
+        left[touched] *= soft_decay(overlap[touched], method, iou_threshold, sigma)
+
+
+def multiclass_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    score_threshold: float,
+    iou_threshold: float,
+    max_detections: int,
+    pre_top_k: int | None = None,
+) -> tuple[Tensor, ...]:
+    """The definition's answer, which ends at the last detection wanted, and not at the last box."""
+    images, _, classes = scores.shape
+    num = torch.zeros(images, dtype=torch.int64)
+    found = torch.zeros(images, max_detections, 4), torch.zeros(images, max_detections)
+    labels, indices = torch.full((2, images, max_detections), -1)
+    limit = round_down(iou_threshold, boxes.dtype)
+    for image in range(images):
+        flat = scores[image].flatten()
+        order = falling_order(flat)
+        order = order[flat[order].double() > score_threshold][:pre_top_k]
+        kept: list[Tensor] = [boxes.new_empty(0, 4)] * classes
+        n = 0
+        for candidate in order.tolist():
+            if n == max_detections:
+                break
+            place, label = divmod(candidate, classes)
+            box = boxes[image, place]
+            if (box_iou_with(box, kept[label]) > limit).any():
+                continue
+            kept[label] = torch.cat([kept[label], box[None]])
+            found[0][image, n], found[1][image, n] = box, flat[candidate]
+            labels[image, n], indices[image, n] = label, place
+            n += 1
+        num[image] = n
+    return num, *found, labels, indices
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """The definition, some rows at a time."""
+    definition = SPECS["box_iou"].definition
+    return torch.cat([definition(part, boxes2) for part in boxes1.split(_ROWS // 8)])
+
+
 # Where the definition itself would take minutes, or many times the memory.
-_FAST: dict[str, Callable[..., Tensor]] = {"vq_nearest": vq_nearest}
+_FAST: dict[str, Callable[..., Any]] = {
+    "vq_nearest": vq_nearest,
+    "nms": nms,
+    "soft_nms": soft_nms,
+    "multiclass_nms": multiclass_nms,
+    "box_iou": box_iou,
+}
 _FAST_LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "margin_softmax_loss": margin_softmax_loss,
     "clip_loss": clip_loss,
 }
 
 
-def expected(op: str, *args: Any, **kwargs: Any) -> Tensor:
+def expected(op: str, *args: Any, **kwargs: Any) -> Any:
     """The definition's answer, on the CPU."""
     moved = [a.cpu() if isinstance(a, Tensor) else a for a in args]
-    definition: Callable[..., Tensor] = _FAST.get(op, SPECS[op].definition)
-    answer: Tensor = definition(*moved, **kwargs)
-    return answer
+    return _FAST.get(op, SPECS[op].definition)(*moved, **kwargs)
 
 
 def expected_loss(op: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -144,17 +266,92 @@ def expected_loss(op: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return loss_and_gradients(definition, leaves(args))()
 
 
-def compare(op: str, answer: Any, right: Tensor) -> tuple[bool, float]:
+def compare(op: str, answer: Any, right: Any, args: tuple[Any, ...] = ()) -> tuple[bool, float]:
     """Whether an answer is right bit for bit, and the share of it that is right.
 
-    The share of kept boxes is taken of sets: peers may order equal scores in another way.
+    Overlaps are right within the tolerance of their operator for ``args``. The share of what is
+    found (boxes, detections, peaks) is taken of sets, since peers may order equal scores in another
+    way and leave out the padding; one whose score is off is not right.
     """
+    if isinstance(right, Tensor) and right.is_floating_point():
+        share = _share_within(op, answer.cpu(), right, *args)
+        return share == 1, share
+    if op in _FOUND:
+        if _equal(answer, right):
+            return True, 1.0
+        theirs, ours = _FOUND[op](answer), _FOUND[op](right)
+        same = sum(
+            key in theirs and math.isclose(theirs[key], score, rel_tol=_SCORE_TOLERANCE)
+            for key, score in ours.items()
+        )
+        return False, same / max(1, len(theirs.keys() | ours.keys()))
     indices = torch.as_tensor(answer).cpu().reshape(-1)
-    if torch.equal(indices, right):
-        return True, 1.0
-    if op == "nms":
-        theirs, ours = set(indices.tolist()), set(right.tolist())
-        return False, len(theirs & ours) / max(1, len(theirs | ours))
     if len(indices) != len(right):
         return False, 0.0
-    return False, (indices == right).double().mean().item()
+    return torch.equal(indices, right), (indices == right).double().mean().item()
+
+
+def _equal(answer: Any, right: Any) -> bool:
+    if isinstance(right, Tensor):
+        return torch.equal(torch.as_tensor(answer).cpu().reshape(-1).to(right.dtype), right)
+    return isinstance(answer, tuple) and all(
+        torch.equal(a.cpu(), r) for a, r in zip(answer, right, strict=True)
+    )
+
+
+def _share_within(op: str, answer: Tensor, right: Tensor, boxes1: Tensor, boxes2: Tensor) -> float:
+    """A rows' share at a time, as its tolerance takes many times the memory of the answer."""
+    if answer.shape != right.shape:
+        return 0.0
+    tolerance = SPECS[op].tolerance
+    assert tolerance is not None
+    within = 0
+    parts = (t.split(_ROWS // 8) for t in (boxes1.cpu(), answer, right))
+    for boxes, a, r in zip(*parts, strict=True):
+        allowed = tolerance(boxes, boxes2.cpu())
+        within += int(((a.double() - r).abs() <= allowed).sum())
+    return within / max(1, right.numel())
+
+
+def _kept(answer: Any) -> dict[Any, float]:
+    return dict.fromkeys(torch.as_tensor(answer).reshape(-1).tolist(), 0.0)
+
+
+def _scored(answer: Any) -> dict[Any, float]:
+    keep, scores = answer
+    return dict(zip(keep.reshape(-1).tolist(), scores.reshape(-1).tolist(), strict=True))
+
+
+def _detections(answer: Any) -> dict[Any, float]:
+    """By image, class and location; padded tensors, or a list of the images' detections."""
+    if not isinstance(answer, list):
+        num, *padded = answer
+        answer = [[t[image, :n] for t in padded] for image, n in enumerate(num.tolist())]
+    return {
+        (image, label, place): score
+        for image, (_, scores, labels, places) in enumerate(answer)
+        for score, label, place in zip(
+            scores.tolist(), labels.tolist(), places.tolist(), strict=True
+        )
+    }
+
+
+def _peaks(answer: Any) -> dict[Any, float]:
+    scores, labels, ys, xs = (t.tolist() for t in answer)
+    return {
+        (image, *cell): score
+        for image, peaks in enumerate(zip(scores, labels, ys, xs, strict=True))
+        for score, *cell in zip(*peaks, strict=True)
+        if cell[0] >= 0
+    }
+
+
+_FOUND: dict[str, Callable[[Any], dict[Any, float]]] = {
+    "nms": _kept,
+    "batched_nms": _kept,
+    "nms_rotated": _kept,
+    "soft_nms": _scored,
+    "matrix_nms": _scored,
+    "multiclass_nms": _detections,
+    "peak_nms": _peaks,
+}

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from fastzoo.testing.timing import room
 
+_MANY_BOXES = 100_000
+
 
 class Unavailable(Exception):
     """Why an implementation cannot run a row here; the report shows it in place of a time."""
@@ -73,6 +75,12 @@ def require_cpu(tensor: Tensor) -> None:
 def require_memory(needed: float, device: str) -> None:
     if needed > room(device):
         raise Unavailable(f"it needs {needed / 1e9:.1f} GB")
+
+
+def require_few(boxes: int) -> None:
+    """For what compares every pair: a million boxes take the better part of an hour."""
+    if boxes > _MANY_BOXES:
+        raise Unavailable(f"it compares every pair of {boxes:,} boxes")
 
 
 def first_line(error: Exception) -> str:

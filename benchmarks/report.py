@@ -15,15 +15,16 @@ Written by `python -m benchmarks` from `benchmarks/results/*.json`; do not edit.
 
 Every row runs in one process, on the same inputs and threads; the rows of a case take turns. An
 answer is checked before it is timed. Where it is made of indices, fastzoo's must equal the
-definition's bit for bit, or there is no time and no ratio; of a peer, the share of right answers is
-shown, and one below 99 % is not timed. A loss is timed forward and backward, together with the
-gradients of all its inputs, and all of these must come as near to their float64 values as rounding
-explains. Times are medians; what a user of a peer does once (building an index, converting boxes,
-compiling) is not counted. A ratio is a peer's time over fastzoo's: above 1, fastzoo is faster.
-Memory is the peak beyond the inputs and the gradients; on a CPU it is seen every 0.2 ms, so a short
-call shows none. `floor` is the share of the least possible time: the case's operations (of a loss
-four matrix products, the least there is without the logits in memory) at the fastest matrix product
-that torch reaches on the machine, or its bytes at the speed of a copy.
+definition's bit for bit, lowered scores included, or there is no time and no ratio; of a peer, the
+share of right answers is shown, and one below 99 % is not timed. Overlaps must come as near to
+their float64 values as rounding explains. A loss is timed forward and backward, together with the
+gradients that belong to it, and all of these must come as near. Times are medians; what a user of a
+peer does once (building an index, converting boxes, compiling) is not counted. A ratio is a peer's
+time over fastzoo's: above 1, fastzoo is faster. Memory is the peak beyond the inputs and the
+gradients; on a CPU it is seen every 0.2 ms, so a short call shows none. `floor` is the share of the
+least possible time: the case's operations (of a loss of scores four matrix products, the least
+there is without the logits in memory) at the fastest matrix product that torch reaches on the
+machine, or its bytes at the speed of a copy.
 
 Measure your own machine with `make bench`, or `python -m fastzoo selftest --bench` where only the
 package is installed.

@@ -117,7 +117,8 @@ class Row:
         if isinstance(prepared, Loss):
             call = self._of_loss(prepared)
             return call, {"equal": 1.0, "deviation": self._checked_deviation(prepared, call())}
-        exact, share = compare(self.problem.spec.name, prepared(), self.problem.right)
+        problem = self.problem
+        exact, share = compare(problem.spec.name, prepared(), problem.right, problem.args)
         passed = share >= _LEAST_SHARE if self.implementation.kind == "peer" else exact
         if not passed:
             raise AssertionError(f"wrong answer: {share:.2%} of it is right")

@@ -14,6 +14,7 @@ import triton.language as tl
 from fastzoo.reference.nms import round_down
 from fastzoo.reference.precision import compute_dtype
 
+from .boxes import divide, intersection_and_union
 from .runtime import EXACT, CompileCase, on_device_of
 
 # Boxes in a block (at most 64: its survivors are the bits of an int64) and warps, by type: the
@@ -26,22 +27,9 @@ KEPT_MASK = (1 << KEPT_BITS) - 1
 
 
 @triton.jit
-def _overlap_exceeds(ax1, ay1, ax2, ay2, bx1, by1, bx2, by2, threshold):
-    """box_iou(a, b) > threshold as csrc/math/nms.h has it, operation for operation.
-
-    How maximum and minimum treat NaN is of no account: a NaN coordinate makes the area NaN.
-    """
-    width = tl.maximum(tl.minimum(ax2, bx2) - tl.maximum(ax1, bx1), 0.0)
-    height = tl.maximum(tl.minimum(ay2, by2) - tl.maximum(ay1, by1), 0.0)
-    intersection = width * height
-    area_a = (ax2 - ax1) * (ay2 - ay1)
-    area_b = (bx2 - bx1) * (by2 - by1)
-    union = area_a + area_b - intersection
-    if intersection.dtype == tl.float64:
-        overlap = intersection / union
-    else:
-        overlap = tl.div_rn(intersection, union)
-    return overlap > threshold
+def _overlap_exceeds(a, b, threshold):
+    intersection, union = intersection_and_union(a, b)
+    return divide(intersection, union) > threshold
 
 
 @triton.jit(do_not_specialize=["n", "images", "most"])
@@ -100,10 +88,8 @@ def _nms_kernel(
         segment = tl.load(segments + box, mask=inside, other=0)
 
     # A box's suppressors within its block, as bits. Found before there is anything to wait for.
-    overlapping = _overlap_exceeds(
-        x1[:, None], y1[:, None], x2[:, None], y2[:, None],
-        x1[None, :], y1[None, :], x2[None, :], y2[None, :], limit,
-    )  # fmt: skip
+    own = x1[:, None], y1[:, None], x2[:, None], y2[:, None]
+    overlapping = _overlap_exceeds(own, (x1[None, :], y1[None, :], x2[None, :], y2[None, :]), limit)
     if GATED:
         overlapping &= segment[:, None] == segment[None, :]
     earlier = lane[None, :] < lane[:, None]
@@ -125,10 +111,8 @@ def _nms_kernel(
             kept_y1 = tl.load(entry + stride, mask=filled, other=0.0, cache_modifier=".cg")
             kept_x2 = tl.load(entry + 2 * stride, mask=filled, other=0.0, cache_modifier=".cg")
             kept_y2 = tl.load(entry + 3 * stride, mask=filled, other=0.0, cache_modifier=".cg")
-            overlapping = _overlap_exceeds(
-                x1[:, None], y1[:, None], x2[:, None], y2[:, None],
-                kept_x1[None, :], kept_y1[None, :], kept_x2[None, :], kept_y2[None, :], limit,
-            )  # fmt: skip
+            kept_box = kept_x1[None, :], kept_y1[None, :], kept_x2[None, :], kept_y2[None, :]
+            overlapping = _overlap_exceeds(own, kept_box, limit)
             if GATED:
                 at = kept_segments + start + lane
                 kept_segment = tl.load(at, mask=filled, other=0, cache_modifier=".cg")
@@ -137,10 +121,9 @@ def _nms_kernel(
         tested = total
         if BATCHED and total >= most:
             done = block
+    if BATCHED and total >= most:
+        return  # as every later block of this image will
     alive = inside & (tl.max(suppressed.to(tl.int32), axis=1) == 0)
-    if BATCHED:
-        # Where enough are kept, what this block would add and did not wait for is of no account.
-        alive &= total < most
 
     # A box survives if no survivor suppresses it. Each round settles at least one more box, from
     # the first on, and a round that changes nothing has settled all.

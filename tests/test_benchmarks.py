@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
+from benchmarks import expected as oracle
 from benchmarks import machine, memory, overhead, report, results
 from benchmarks.__main__ import main
 from benchmarks.expected import compare, expected_loss, vq_nearest
@@ -19,14 +20,18 @@ from benchmarks.peers import PEERS, partial_fc
 from benchmarks.rows import Problem, Row, measure_row, select
 from fastzoo import ops, reference
 from fastzoo.testing import SPECS, deviation, loss_and_gradients
+from fastzoo.testing.boxes import random_boxes
+from fastzoo.testing.detections import detector_output
 from fastzoo.testing.losses import leaves, with_gradients
-from fastzoo.testing.nms import random_boxes
+from fastzoo.testing.nms import clustered_boxes
 from fastzoo.testing.vq import random_codes
 
 ROOT = Path(__file__).parent.parent
 BOXES = {"n": 60}
 FACES = {"n": 9, "classes": 40, "dim": 8}
 PAIRS = {"n": 12, "dim": 8}
+# Peers that compile for a while.
+COMPILED = {"scalar loop", "coordinate trick", "per-class loop", "torch.compile"}
 
 
 def _timed(case: str, implementation: str, kind: str, seconds: float) -> dict[str, Any]:
@@ -344,28 +349,117 @@ def test_fast_oracle_is_the_definition() -> None:
             assert torch.equal(vq_nearest(rows, codes), reference.vq_nearest(rows, codes))
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.5])
+def test_nms_of_near_boxes_is_the_definition(
+    threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oracle, "_MANY_BOXES", 10)
+    monkeypatch.setattr(oracle, "_ROWS", 2)
+    boxes, scores = random_boxes(700, extent=400, seed=3)
+    tied = (scores * 20).round()
+    for args in ((boxes, tied), (boxes - 200, scores), clustered_boxes(9, 30)):
+        assert torch.equal(oracle.nms(*args, threshold), reference.nms(*args, threshold))
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_nms_of_what_overlaps_is_the_definition(method: str) -> None:
+    boxes, scores = random_boxes(150, extent=150)
+    args = boxes, (scores * 30).round() / 30
+    found = oracle.soft_nms(*args, method=method)
+    right = SPECS["soft_nms"].definition(*args, method=method)
+    assert len(right[0]) > 50
+    assert all(torch.equal(f, r) for f, r in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize("pre_top_k", [None, 60])
+def test_early_end_of_multiclass_nms_is_the_definition(pre_top_k: int | None) -> None:
+    args = detector_output(2, 300, 7, objects=6)
+    options = {"score_threshold": 0.03, "iou_threshold": 0.4, "max_detections": 50}
+    found = oracle.multiclass_nms(*args, **options, pre_top_k=pre_top_k)
+    limit = {"pre_top_k": pre_top_k} if pre_top_k else {}
+    right = SPECS["multiclass_nms"].definition(*args, **options, **limit)
+    assert right[0].tolist() == ([50, 50] if pre_top_k is None else right[0].tolist())
+    assert all(torch.equal(f, r) for f, r in zip(found, right, strict=True))
+
+
 def test_shares() -> None:
     right = torch.tensor([1, 2, 3, 4])
     assert compare("vq_nearest", [[1], [2], [3], [5]], right) == (False, 0.75)
     assert compare("vq_nearest", [1, 2, 3], right) == (False, 0.0)
     assert compare("vq_nearest", right.int(), right) == (True, 1.0)
     assert compare("nms", [4, 3, 2], right) == (False, 0.75)
+    assert compare("nms", [[1], [2], [3], [4]], right) == (True, 1.0)
 
 
-def test_every_peer_answers_or_says_why() -> None:
-    # Without the two that compile for a while.
-    names = {peer.name for peer in PEERS} - {"scalar loop", "torch.compile"}
-    shapes = {
-        "nms": BOXES,
-        "vq_nearest": {"n": 20, "k": 30, "dim": 4},
-        "margin_softmax_loss": FACES,
-        "clip_loss": PAIRS,
-    }
-    for op, shape in shapes.items():
-        for row in select(op, device="cpu", shape=shape, peers=names):
+def test_shares_of_scores_and_of_detections() -> None:
+    keep, scores = torch.tensor([3, 1, 2]), torch.tensor([0.9, 0.5, 0.25])
+    off = scores * (1 + 2e-4)
+    assert compare("soft_nms", (keep, scores), (keep, scores)) == (True, 1.0)
+    assert compare("soft_nms", (keep, off), (keep, scores)) == (False, 1.0)
+    assert compare("soft_nms", (keep, scores * 1.01), (keep, scores)) == (False, 0.0)
+    assert compare("soft_nms", (keep.flip(0), scores.flip(0)), (keep, scores)) == (False, 1.0)
+    args = detector_output(2, 100, 5, objects=3)
+    options = {"score_threshold": 0.3, "iou_threshold": 0.5}
+    right = ops.multiclass_nms(*args, **options)
+    unpadded = [[t[image, :n] for t in right[1:]] for image, n in enumerate(right.num.tolist())]
+    assert compare("multiclass_nms", right, right) == (True, 1.0)
+    assert compare("multiclass_nms", unpadded, right) == (False, 1.0)
+    assert compare("multiclass_nms", unpadded[:1], right)[1] < 1
+    elsewhere = right._replace(boxes=right.boxes + 1)
+    assert not compare("multiclass_nms", elsewhere, right)[0]
+    heatmap = torch.rand(2, 3, 9, 9)
+    peaks = ops.peak_nms(heatmap, top_k=40)
+    assert compare("peak_nms", peaks, peaks) == (True, 1.0)
+    assert compare("peak_nms", tuple(t[:, :4] for t in peaks), peaks)[1] < 0.5
+
+
+def test_overlaps_are_right_within_their_tolerance() -> None:
+    boxes, other = random_boxes(30, extent=100)[0], random_boxes(20, extent=100, seed=1)[0]
+    right = oracle.box_iou(boxes, other)
+    assert compare("box_iou", right, right, (boxes, other)) == (True, 1.0)
+    wrong = right.clone()
+    wrong[0, 0] += 1e-4
+    assert compare("box_iou", wrong, right, (boxes, other)) == (False, 1 - 1 / 600)
+    assert compare("box_iou", wrong[:5], right, (boxes, other)) == (False, 0.0)
+
+
+SMALL = {
+    "nms": BOXES,
+    "batched_nms": {"n": 60, "classes": 5},
+    "nms_rotated": BOXES,
+    "soft_nms": BOXES,
+    "matrix_nms": BOXES,
+    "multiclass_nms": {"images": 2, "n": 100, "classes": 5},
+    "peak_nms": {"images": 2, "classes": 3, "side": 20},
+    "box_iou": {"n": 20, "m": 30},
+    "complete_box_iou_loss": {"n": 20},
+    "vq_nearest": {"n": 20, "k": 30, "dim": 4},
+    "margin_softmax_loss": FACES,
+    "clip_loss": PAIRS,
+}
+
+
+def _answers(names: set[str], op: str) -> None:
+    for case in dict.fromkeys(row.problem.case.name for row in select(op, device="cpu")):
+        for row in select(op, device="cpu", case=case, shape=SMALL[op], peers=names):
             record = measure_row(row, budget=0.001)
             assert "error" not in record, record
             assert record.get("equal") == 1.0 or record["reason"], record
+
+
+def test_every_operator_that_is_measured_has_a_small_case() -> None:
+    assert {row.problem.spec.name for row in select(device="cpu")} == set(SMALL)
+
+
+@pytest.mark.parametrize("op", SMALL)
+def test_every_peer_answers_or_says_why(op: str) -> None:
+    _answers({peer.name for peer in PEERS} - COMPILED, op)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", SMALL)
+def test_every_compiled_peer_answers_or_says_why(op: str) -> None:
+    _answers(COMPILED - {"torch.compile"}, op)
 
 
 def test_failures_become_reasons_and_errors() -> None:

@@ -3,19 +3,22 @@
 from benchmarks.implementation import Implementation
 from benchmarks.peers import (
     cdist,
+    classes,
     eager,
     faiss,
     linear_cross_entropy,
     metric_learning,
     opencv,
     partial_fc,
-    scalar_nms,
+    scalar,
     torch_compile,
     torchvision,
 )
 
 PEERS: tuple[Implementation, ...] = (
-    scalar_nms.PEER,
+    scalar.PEER,
+    classes.TRICK,
+    classes.LOOP,
     torchvision.PEER,
     opencv.PEER,
     faiss.PEER,

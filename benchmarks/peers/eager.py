@@ -1,18 +1,89 @@
 """The formula written out in PyTorch."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from benchmarks.implementation import Implementation, Loss, require_memory
 from fastzoo.testing import SPECS, OpSpec
+from fastzoo.testing.boxes import eager_box_iou
+from fastzoo.testing.detections import eager_multiclass_nms
 from fastzoo.testing.losses import leaves
 
 
-def _prepare(spec: OpSpec, *args: Any, **_: Any) -> Any:
-    require_memory(spec.eager_bytes(*args), args[0].device.type)
-    formula = functools.partial(spec.eager, *args)
+def matrix_nms(
+    boxes: Tensor, scores: Tensor, *, sigma: float = 2.0, score_threshold: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The gaussian method as SOLOv2 has it: the whole matrix of overlaps, and its decays."""
+    scores, order = scores.sort(descending=True, stable=True)
+    overlaps = eager_box_iou(boxes[order], boxes[order]).triu(diagonal=1)
+    covered = overlaps.amax(0)[:, None]
+    decay = torch.exp(sigma * (covered.square() - overlaps.square())).amin(0).clamp(max=1)
+    lowered, again = (scores * decay).sort(descending=True, stable=True)
+    kept = lowered > score_threshold
+    return order[again][kept], lowered[kept]
+
+
+def _matrix_bytes(boxes: Tensor, _: Tensor) -> float:
+    return 24.0 * len(boxes) ** 2
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    method: str = "linear",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    score_threshold: float = 0.001,
+) -> tuple[Tensor, Tensor]:
+    """The sequence, with every box lowered at each step."""
+    left = scores.clone()
+    keep: list[Tensor] = []
+    taken: list[Tensor] = []
+    while True:
+        best, i = left.max(0)
+        if not best > score_threshold:
+            return torch.stack(keep), torch.stack(taken)
+        keep.append(i)
+        taken.append(best)
+        overlap = eager_box_iou(boxes[i][None], boxes)[0]
+        if method == "gaussian":
+            left *= torch.exp(-overlap.square() / sigma)
+        else:
+            left *= torch.where(overlap > iou_threshold, 1 - overlap, 1)
+        left[i] = -torch.inf
+
+
+# Where the keyword arguments of a case count, and what the formula then is.
+_WITH_OPTIONS: dict[str, Callable[..., Any]] = {
+    "matrix_nms": matrix_nms,
+    "multiclass_nms": eager_multiclass_nms,
+    "soft_nms": soft_nms,
+}
+_BYTES: dict[str, Callable[..., float]] = {"matrix_nms": _matrix_bytes}
+
+
+def formula(spec: OpSpec, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """The formula of an operator with its options, to be called with the positional arguments.
+
+    Raises:
+        Unavailable: it would not fit into memory.
+    """
+    needed = _BYTES.get(spec.name, spec.eager_bytes)
+    require_memory(needed(*args), args[0].device.type)
+    if spec.name in _WITH_OPTIONS:
+        return functools.partial(_WITH_OPTIONS[spec.name], **kwargs)
+    return spec.eager
+
+
+def _prepare(spec: OpSpec, *args: Any, **kwargs: Any) -> Any:
+    call = functools.partial(formula(spec, *args, **kwargs), *args)
     wanted = leaves(args)
-    return Loss(formula, wanted) if wanted else formula
+    return Loss(call, wanted) if wanted else call
 
 
 def _without_autocast(spec: OpSpec, *args: Any, **_: Any) -> Loss:

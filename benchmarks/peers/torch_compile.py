@@ -5,20 +5,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.implementation import (
-    Implementation,
-    Loss,
-    Unavailable,
-    first_line,
-    require_memory,
-)
+from benchmarks.implementation import Implementation, Loss, Unavailable, first_line
+from benchmarks.peers.eager import formula
 from fastzoo.testing import SPECS, OpSpec
 from fastzoo.testing.losses import leaves
 
+_BRANCHING = ("nms", "batched_nms", "nms_match", "nms_rotated", "soft_nms", "multiclass_nms")
 
-def _prepare(spec: OpSpec, *args: Any, **_: Any) -> Any:
-    require_memory(spec.eager_bytes(*args), args[0].device.type)
-    compiled = functools.partial(torch.compile(spec.eager, dynamic=False), *args)
+
+def _prepare(spec: OpSpec, *args: Any, **kwargs: Any) -> Any:
+    written = formula(spec, *args, **kwargs)
+    compiled = functools.partial(torch.compile(written, dynamic=False), *args)
     wanted = leaves(args)
     if wanted:
         return Loss(compiled, wanted)
@@ -29,9 +26,9 @@ def _prepare(spec: OpSpec, *args: Any, **_: Any) -> Any:
     return compiled
 
 
-def _nms(*_: Any) -> Any:
-    raise Unavailable("the greedy pass branches on its data: a graph break for every box")
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise Unavailable("the formula branches on its data: a graph break for every box")
 
 
 _PREPARED = {op: functools.partial(_prepare, spec) for op, spec in SPECS.items()}
-PEER = Implementation("torch.compile", {**_PREPARED, "nms": _nms})
+PEER = Implementation("torch.compile", {**_PREPARED, **dict.fromkeys(_BRANCHING, _refuse)})

@@ -125,10 +125,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms(
   args.box_strides[3] = boxes.stride(by_class ? 3 : 2);
   args.decoder = {parse_decode(decode), weight_x, weight_y, weight_w, weight_h, clip};
   const Tensor given = torch::stable::contiguous(torch::stable::to(priors, compute));
-  STD_TORCH_CHECK(args.decoder.form == Decode::none ||
-                      (given.dim() == 2 && given.size(0) == args.locations &&
-                       given.size(1) == math::prior_size(args.decoder.form)),
-                  "multiclass_nms: priors do not fit the boxes");
+  STD_TORCH_CHECK(
+      args.decoder.form == Decode::none || (given.dim() == 2 && given.size(0) == args.locations &&
+                                            given.size(1) == math::prior_size(args.decoder.form)),
+      "multiclass_nms: priors do not fit the boxes");
   args.scores = dense.const_data_ptr();
   args.boxes = boxes.const_data_ptr();
   args.priors = given.const_data_ptr();

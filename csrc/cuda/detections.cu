@@ -100,20 +100,19 @@ struct Found {
 // A block an image. `class_counts` [images, classes] starts as zero; null for no limit of a class.
 template <class T, class C>
 __global__ void __launch_bounds__(kEmitBlock)
-    detections_emit(Candidates<T> candidates, const T* scores, const int64_t* words,
-                    const C* kept_rows, const int64_t* kept, int64_t most_of_class,
-                    int* class_counts, int64_t most, Found<C> found) {
+    detections_emit(Candidates<T> candidates, const T* scores, KeptList<AlignedOverlap<C>> lists,
+                    int64_t most_of_class, int* class_counts, int64_t most, Found<C> found) {
   __shared__ SharedArray<int, kEmitBlock> labels;
   __shared__ SharedArray<uint32_t, kEmitWarps> taken_words;
   const int thread = threadIdx.x;
   const int64_t image = blockIdx.x;
-  const int64_t total = words[image] & int64_t{kKeptOfWord};
+  const int64_t total = static_cast<int64_t>(lists.word[image] & kKeptOfWord);
   const int64_t first_out = image * most;
   int64_t count = 0;
   for (int64_t start = 0; start < total && count < most; start += kEmitBlock) {
     const int64_t at = image * candidates.most + start + thread;
     const bool exists = start + thread < total;
-    const unsigned pair = exists ? candidates.pair(image, kept[at]) : 0;
+    const unsigned pair = exists ? candidates.pair(image, lists.indices[at]) : 0;
     const int label = exists ? static_cast<int>(pair % candidates.classes) : -1;
     bool take = exists;
     if (class_counts != nullptr) {
@@ -144,7 +143,7 @@ __global__ void __launch_bounds__(kEmitBlock)
       count += population_count(taken);
     }
     if (take && out < most) {
-      store_vector(found.boxes + 4 * (first_out + out), load_vector<4>(kept_rows + 4 * at));
+      store_vector(found.boxes + 4 * (first_out + out), load_vector<4>(lists.rows + 4 * at));
       found.scores[first_out + out] = static_cast<C>(scores[image * candidates.pairs + pair]);
       found.labels[first_out + out] = label;
       found.indices[first_out + out] = pair / candidates.classes;
@@ -238,12 +237,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms(
     candidates.priors = static_cast<const C*>(prior_rows.const_data_ptr());
     candidates.decoder = decoder;
 
-    const KeptList<Candidates<T>> list(boxes, images, most, gated);
+    const KeptMemory<AlignedOverlap<C>> memory(boxes, images * most, images, gated);
     KeepTask<Candidates<T>> task{candidates, {math::round_down<C>(iou_threshold)}, most};
-    task.kept = static_cast<int64_t*>(kept.mutable_data_ptr());
+    task.lists = memory.lists(kept);
+    task.tickets = memory.tickets();
     task.images = static_cast<unsigned>(images);
-    task.limit = by_class ? std::numeric_limits<int64_t>::max() : max_detections;
-    list.give(task);
+    task.limit = by_class ? kNoLimit : static_cast<uint64_t>(max_detections);
     if (most > 0 && max_detections > 0) {
       stream.launch(
           "nms_keep",
@@ -251,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multiclass_nms(
           blocks_for(images * blocks_for(most, kKeepBlock), 1), kKeepBlock, task);
     }
     stream.launch("detections_emit", detections_emit<T, C>, blocks_for(images, 1), kEmitBlock,
-                  candidates, score_data, list.words(), list.rows(), task.kept, max_per_class,
+                  candidates, score_data, task.lists, max_per_class,
                   by_class ? static_cast<int*>(class_counts.mutable_data_ptr()) : nullptr,
                   max_detections,
                   Found<C>{static_cast<int64_t*>(num.mutable_data_ptr()),

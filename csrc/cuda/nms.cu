@@ -1,4 +1,5 @@
-// Greedy suppression of one set of boxes: nms, batched_nms and suppress are one entry.
+// Greedy suppression of one set of boxes: nms, batched_nms and suppress are one entry. Many boxes
+// in segments are put in order of these first, so that a segment waits for no other.
 #include <string>
 #include <tuple>
 
@@ -8,6 +9,15 @@
 
 namespace fastzoo::cuda {
 namespace {
+
+constexpr int kThreads = 256;
+
+// How many blocks may wait for one another before an order by segment pays.
+#if defined(FASTZOO_EMULATE)
+constexpr unsigned kShortChain = 3;
+#else
+constexpr unsigned kShortChain = 16;
+#endif
 
 // One image's boxes by falling score.
 struct Sorted {
@@ -55,6 +65,89 @@ auto keep_kernel(bool gated, bool matched) {
   return gated ? nms_keep<Boxes, true, false> : nms_keep<Boxes, false, false>;
 }
 
+__global__ void __launch_bounds__(kThreads)
+    nms_segments(const int64_t* order, const int64_t* ids, int64_t n, int64_t* segments) {
+  const int64_t rank = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (rank < n) segments[rank] = ids[order[rank]];
+}
+
+// `places` are how many boxes are kept up to each rank. A suppressor's rank becomes its place.
+__global__ void __launch_bounds__(kThreads)
+    nms_collect(const int64_t* order, const int64_t* flags, const int64_t* places, int64_t n,
+                int64_t* kept, int64_t* suppressors) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i >= n) return;
+  if (flags[i] != 0) kept[places[i] - 1] = order[i];
+  if (suppressors != nullptr) suppressors[i] = places[suppressors[i]] - 1;
+}
+
+Tensor running_sum(const Tensor& flags) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(flags), from(int64_t{0}),
+                                    from(std::optional<ScalarType>())};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// What suppress() works on.
+struct Job {
+  const Stream& stream;
+  const Sorted& sorted;
+  bool gated, match;
+  const Tensor& kept;
+  const Tensor& group;
+};
+
+template <class Boxes>
+int64_t keep(const Job& job, const Boxes& boxes, const typename Boxes::Overlap& overlap) {
+  const int64_t n = job.sorted.n;
+  const KeptMemory<typename Boxes::Overlap> memory(job.kept, n, 1, job.gated);
+  KeepTask<Boxes> task{boxes, overlap, n, memory.lists(job.kept)};
+  task.group = static_cast<int64_t*>(job.group.mutable_data_ptr());
+  task.tickets = memory.tickets();
+  job.stream.launch("nms_keep", keep_kernel<Boxes>(job.gated, job.match), blocks_for(n, kKeepBlock),
+                    kKeepBlock, task);
+  const int64_t word = job.stream.read_back(reinterpret_cast<const int64_t*>(task.lists.word));
+  return word & int64_t{kKeptOfWord};
+}
+
+template <class Boxes>
+int64_t keep_by_segment(const Job& job, const Boxes& boxes,
+                        const typename Boxes::Overlap& overlap) {
+  const int64_t n = job.sorted.n;
+  const unsigned blocks = blocks_for(n, kThreads);
+  const auto integers = [&] { return empty(job.kept, {n}, ScalarType::Long); };
+  const Tensor segments = integers();
+  job.stream.launch("nms_segments", nms_segments, blocks, kThreads, job.sorted.order,
+                    job.sorted.ids, n, static_cast<int64_t*>(segments.mutable_data_ptr()));
+  const SortedKeys by_segment = sort_rows(segments);
+  const Tensor listed = integers(), flags = integers();
+  const int64_t* const flag_data = static_cast<const int64_t*>(flags.const_data_ptr());
+  int64_t* const suppressors =
+      job.match ? static_cast<int64_t*>(job.group.mutable_data_ptr()) : nullptr;
+
+  const unsigned keep_blocks = blocks_for(n, kKeepBlock);
+  const KeptMemory<typename Boxes::Overlap> memory(job.kept, n, keep_blocks, false);
+  const SegmentTask<Boxes> task{boxes,
+                                overlap,
+                                n,
+                                static_cast<const int64_t*>(by_segment.values.const_data_ptr()),
+                                static_cast<const int64_t*>(by_segment.indices.const_data_ptr()),
+                                memory.lists(listed),
+                                static_cast<int64_t*>(flags.mutable_data_ptr()),
+                                suppressors,
+                                memory.tickets()};
+  job.stream.launch("nms_keep_segments",
+                    job.match ? nms_keep_segments<Boxes, true> : nms_keep_segments<Boxes, false>,
+                    keep_blocks, kKeepBlock, task);
+  const Tensor places = running_sum(flags);
+  const int64_t* const place_data = static_cast<const int64_t*>(places.const_data_ptr());
+  job.stream.launch("nms_collect", nms_collect, blocks, kThreads, job.sorted.order, flag_data,
+                    place_data, n, static_cast<int64_t*>(job.kept.mutable_data_ptr()), suppressors);
+  return job.stream.read_back(place_data + n - 1);
+}
+
 std::tuple<Tensor, Tensor> suppress(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
                                     double iou_threshold, const std::string& overlap, bool match) {
   const bool rotated = overlap != "aligned";
@@ -75,16 +168,11 @@ std::tuple<Tensor, Tensor> suppress(const Tensor& boxes, const Tensor& scores, c
   const Tensor order = falling_order(stream, scores);
   const Sorted sorted{n, static_cast<const int64_t*>(order.const_data_ptr()),
                       static_cast<const int64_t*>(ids.const_data_ptr())};
+  const Job job{stream, sorted, gated, match, kept, group};
   const auto run = [&](const auto& of_type, auto threshold) {
-    using Boxes = std::decay_t<decltype(of_type)>;
-    const KeptList<Boxes> list(boxes, 1, n, gated);
-    KeepTask<Boxes> task{of_type, {threshold}, n};
-    task.kept = static_cast<int64_t*>(kept.mutable_data_ptr());
-    task.group = static_cast<int64_t*>(group.mutable_data_ptr());
-    list.give(task);
-    stream.launch("nms_keep", keep_kernel<Boxes>(gated, match), blocks_for(n, kKeepBlock),
-                  kKeepBlock, task);
-    return stream.read_back(list.words()) & int64_t{kKeptOfWord};
+    return gated && blocks_for(n, kKeepBlock) > kShortChain
+               ? keep_by_segment(job, of_type, {threshold})
+               : keep(job, of_type, {threshold});
   };
 
   int64_t count = 0;

@@ -39,37 +39,33 @@ FASTZOO_HD V box_iou(const Box<V>& a, const Box<V>& b) {
 
 // How two boxes overlap: each measure is the one before it, or the first, less a penalty.
 enum class Measure : int { iou, giou, diou, ciou };
-constexpr const char* kMeasureNames[] = {"iou", "giou", "diou", "ciou"};
 
 // A box, and what its overlaps need of it alone.
 template <class V>
-struct MeasuredBox {
-  V x1, y1, x2, y2;
-  V width, height, area;
+struct MeasuredBox : Box<V> {
+  V width, height;
   V aspect;                             // the arctangent of width / height
   V aspect_by_width, aspect_by_height;  // its derivatives
 };
 
 template <Measure kMeasure, class V>
 FASTZOO_HD MeasuredBox<V> measured_box(V x1, V y1, V x2, V y2) {
-  const V width = x2 - x1;
-  const V height = y2 - y1;
-  MeasuredBox<V> box{x1, y1, x2, y2, width, height, width * height, V(0), V(0), V(0)};
+  MeasuredBox<V> box{
+      {x1, y1, x2, y2, box_area(x1, y1, x2, y2)}, x2 - x1, y2 - y1, V(0), V(0), V(0)};
   if (kMeasure == Measure::ciou) {
-    const V square = width * width + height * height;
-    box.aspect = arctangent(width / height);
-    box.aspect_by_width = height / square;
-    box.aspect_by_height = V(0) - width / square;
+    const V square = box.width * box.width + box.height * box.height;
+    box.aspect = arctangent(box.width / box.height);
+    box.aspect_by_width = box.height / square;
+    box.aspect_by_height = V(0) - box.width / square;
   }
   return box;
 }
 
-// A measure, and the terms of it that its gradient needs. Those of other measures are 0.
+// A measure, and the terms of it that its gradient needs; those of other measures are not set.
 template <class V>
 struct BoxOverlap {
   V value;
-  V shared_width, shared_height;  // negative where the boxes lie apart
-  V union_area;                   // with eps, as all denominators are
+  V union_area;  // with eps, as all denominators are
   V iou;
   V hull_width, hull_height;  // of the box around both
   V hull;                     // its area (giou) or its diagonal's square
@@ -84,12 +80,9 @@ constexpr double kAspectScale = 4 / (3.14159265358979323846 * 3.1415926535897932
 
 template <Measure kMeasure, class V>
 FASTZOO_HD BoxOverlap<V> box_overlap(const MeasuredBox<V>& a, const MeasuredBox<V>& b, V eps) {
-  const V zero = V(0);
-  BoxOverlap<V> o{};
-  o.shared_width = minimum(a.x2, b.x2) - maximum(a.x1, b.x1);
-  o.shared_height = minimum(a.y2, b.y2) - maximum(a.y1, b.y1);
-  const V inter = maximum(zero, o.shared_width) * maximum(zero, o.shared_height);
-  const V whole = a.area + b.area - inter;
+  BoxOverlap<V> o;
+  const V inter = box_intersection(a, b);
+  const V whole = box_union(a, b, inter);
   o.union_area = whole + eps;
   o.iou = inter / o.union_area;
   o.value = o.iou;
@@ -172,10 +165,12 @@ FASTZOO_HD BoxGradients<V> box_overlap_gradients(const MeasuredBox<V>& a, const 
   }
   const V by_intersection = over_union - by_union;
   // A shared side of 0 has the gradient of a positive one, as clamp(min=0) does.
+  const V width = minimum(a.x2, b.x2) - maximum(a.x1, b.x1);
+  const V height = minimum(a.y2, b.y2) - maximum(a.y1, b.y1);
   const V by_shared_width =
-      select_greater(zero, o.shared_width, zero, by_intersection * maximum(zero, o.shared_height));
+      select_greater(zero, width, zero, by_intersection * maximum(zero, height));
   const V by_shared_height =
-      select_greater(zero, o.shared_height, zero, by_intersection * maximum(zero, o.shared_width));
+      select_greater(zero, height, zero, by_intersection * maximum(zero, width));
   V by_width1 = by_union * a.height, by_height1 = by_union * a.width;
   V by_width2 = by_union * b.height, by_height2 = by_union * b.width;
   if (kMeasure == Measure::ciou) {

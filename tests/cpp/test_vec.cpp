@@ -62,12 +62,14 @@ void check_arithmetic(int& failures, T smallest) {
       check(maximum(va, vb), [](T x, T y, T) { return math::maximum(x, y); });
       check(minimum(va, vb), [](T x, T y, T) { return math::minimum(x, y); });
       check(V(a[1]), [&](T, T, T) { return a[1]; });
-      uint32_t less_bits = 0, greater_bits = 0;
+      uint32_t less_bits = 0, less_equal_bits = 0, greater_bits = 0;
       for (int i = 0; i < V::size; ++i) {
         less_bits |= static_cast<uint32_t>(a[i + 1] < b[i + 1]) << i;
+        less_equal_bits |= static_cast<uint32_t>(a[i + 1] <= b[i + 1]) << i;
         greater_bits |= static_cast<uint32_t>(a[i + 1] > b[i + 1]) << i;
       }
       CHECK(less(va, vb).bits == less_bits);
+      CHECK(less_equal(va, vb).bits == less_equal_bits);
       CHECK(greater(va, vb).bits == greater_bits);
       CHECK(not_less(va, vb).bits == (~less_bits & V::MaskType::kAll));
       CHECK(less(va, vb).any() == (less_bits != 0));
@@ -114,6 +116,14 @@ void check_conversion(int& failures, int mantissa_bits, int bias) {
     CHECK(narrowed.bits == bits);
     narrow(__builtin_nextafterf(middle, static_cast<float>(next)), narrowed);
     CHECK(narrowed.bits == bits + 1);
+  }
+  // Vectors of elements, from any address.
+  constexpr int kSize = Vec<float>::size;
+  Element elements[kSize + 1];
+  for (int bits = 0; bits < 0x10000; bits += kSize) {
+    for (int i = 0; i < kSize; ++i) elements[i + 1].bits = static_cast<uint16_t>(bits + i);
+    const Vec<float> wide = load_wide(elements + 1);
+    for (int i = 0; i < kSize; ++i) CHECK(same(wide[i], widen(elements[i + 1])));
   }
 }
 

@@ -222,6 +222,59 @@ def test_any_number_of_threads_detects_the_same(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("max_per_class", [None, 1])
+def test_candidates_are_looked_for_until_they_run_out(
+    images: int, max_per_class: int | None
+) -> None:
+    """Of boxes that are all the same, only the best of each class stays: many rounds for few."""
+    generator = torch.Generator().manual_seed(5)
+    scores = (torch.rand(images, 9000, 3, generator=generator) * 4000).round() / 4000
+    boxes = torch.tensor([0.0, 0, 5, 5]).expand(images, 9000, 4)
+    for image in range(images):
+        scores[image, :, 2] *= 0.01  # behind thousands of the others
+    given = {"score_threshold": 0.001, "iou_threshold": 0.5, "max_detections": 4}
+    found = ops.multiclass_nms(boxes, scores, **given, max_per_class=max_per_class, backend="cpu")
+    best = scores.numpy().max(1)
+    for image in range(images):
+        order = sorted(range(3), key=lambda c: (-best[image, c], scores[image, :, c].argmax(), c))
+        assert found.labels[image].tolist() == [*order, -1]
+        for rank, c in enumerate(order):
+            assert found.scores[image, rank] == best[image, c]
+            first = int((scores[image, :, c].numpy() == best[image, c]).argmax())
+            assert found.indices[image, rank] == first
+    few = ops.multiclass_nms(boxes, scores, **given, pre_top_k=6000, backend="cpu")
+    assert few.num.tolist() == [2] * images
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_any_layout_detects_the_same(images: int) -> None:
+    """Equal scores abound; those of a head that has its classes first are not copied."""
+    boxes, scores = detector_output(images, 3000, 12)
+    scores = (scores * 50).round() / 50
+    limits: dict[str, Any] = {"score_threshold": 0.01, "iou_threshold": 0.5, "pre_top_k": 200}
+    right = ops.multiclass_nms(boxes, scores, **limits, backend="cpu")
+    output = torch.cat([boxes, torch.ones(images, 3000, 1), scores], 2)
+    classes_first = output.transpose(1, 2).contiguous().transpose(1, 2)
+    spread = torch.stack([output, output], 3)[..., 0]
+    for layout in (output, classes_first, spread, output.flip(0).flip(0)[:, :3000]):
+        found = ops.multiclass_nms(layout[..., :4], layout[..., 5:], **limits, backend="cpu")
+        assert_same_outputs(found, tuple(right))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("top_k", [20, 900, 60000])
+def test_peaks_of_many_cells_are_the_best(dtype: torch.dtype, top_k: int) -> None:
+    """More peaks than a list has room for, many of them equal; in parts where there are threads."""
+    generator = torch.Generator().manual_seed(3)
+    heatmap = torch.randn(1, 7, 83, 101, generator=generator).to(dtype)
+    heatmap[0, 3] = (heatmap[0, 3] * 4).round()
+    for kernel in (1, 3):
+        right = ops.peak_nms(heatmap, kernel, top_k, backend="reference")
+        found = ops.peak_nms(heatmap, kernel, top_k, backend="cpu")
+        assert_same_outputs(found, right, context=f"kernel {kernel}")
+
+
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize("backend", PEAKS)
 def test_peaks_are_those_of_a_maximum_filter(backend: str, kernel: int) -> None:

@@ -62,7 +62,12 @@ def check_suppress(boxes: Tensor, scores: Tensor, idxs: Tensor, overlap: str, ma
 @pytest.mark.parametrize("match", [False, True])
 @pytest.mark.parametrize("segments", [0, 1, 3, 40, 700])
 def test_segments_of_any_size(segments: int, match: bool, order: str) -> None:
-    for boxes, scores in (clustered_boxes(17, 40, seed=1), random_boxes(900, seed=2)):
+    sets = (
+        clustered_boxes(9, 40, seed=0),
+        clustered_boxes(17, 40, seed=1),
+        random_boxes(900, seed=2),
+    )
+    for boxes, scores in sets:
         idxs = in_segments(len(boxes), segments) if segments else NONE
         check_suppress(boxes, scores, idxs, "aligned", match)
     assert len(reference.nms(boxes, scores, 0.4)) > 3 * 128  # a list of several blocks

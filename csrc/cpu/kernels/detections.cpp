@@ -79,25 +79,34 @@ FASTZOO_INLINE void fill_lists(Args& args, int64_t begin, int64_t end, const Sca
   }
 }
 
-// ---- multiclass_nms ------------------------------------------------------------------------------
+// ---- multiclass_nms
+// ------------------------------------------------------------------------------
 
 template <class T>
-FASTZOO_INLINE void start_candidates(const MulticlassArgs& args, BestRanks<T>& best) {
+FASTZOO_INLINE void start_candidates(const MulticlassArgs& args, int64_t most, BestRanks<T>& best) {
   const T threshold = math::round_down<T>(args.score_threshold);
   // Above the threshold is below its first rank. Above NaN is nothing.
-  best.start(args.pre_top_k, math::is_nan(threshold) ? 0 : rank_of(threshold, 0));
+  best.start(most, math::is_nan(threshold) ? 0 : rank_of(threshold, 0));
 }
 
+// How many candidates are looked for at first: mostly enough.
+FASTZOO_INLINE int64_t first_most(const MulticlassArgs& args) {
+  const int64_t most = args.max_detections < 256 ? 1024 : 4 * args.max_detections;
+  return most < args.pre_top_k ? most : args.pre_top_k;
+}
+
+// The best `most` candidates of a part of an image, but none below `after`.
 template <class T, class Element>
 FASTZOO_INLINE bool scan_scores(const MulticlassArgs& args, int64_t image, int64_t part,
+                                int64_t parts, int64_t most, typename RankOf<T>::type after,
                                 BestRanks<T>& best) {
-  start_candidates(args, best);
+  start_candidates(args, most, best);
   const Runs runs = args.runs;
   const Element* const scores =
       static_cast<const Element*>(args.scores) + image * args.score_strides[0];
   const int64_t elements = runs.rows * runs.length;
-  int64_t place = elements * part / args.parts;
-  const int64_t last = elements * (part + 1) / args.parts;
+  int64_t place = elements * part / parts;
+  const int64_t last = elements * (part + 1) / parts;
   while (place < last) {
     const int64_t row = place / runs.length;
     const int64_t begin = place - row * runs.length;
@@ -107,7 +116,7 @@ FASTZOO_INLINE bool scan_scores(const MulticlassArgs& args, int64_t image, int64
     const bool fits =
         scan(scores + row * runs.row_stride, begin, end, best, [&](int64_t i, T score) {
           const auto rank = rank_of(score, first + i * runs.step);
-          if (rank < best.bound) best.push(rank);
+          if (rank < best.bound && rank >= after) best.push(rank);
         });
     if (!fits) return false;
     place += end - begin;
@@ -163,7 +172,8 @@ struct Multiclass {
 
   MulticlassArgs& args;
   const T threshold;
-  const bool suppresses;  // no overlap exceeds 1
+  const bool suppresses;    // no overlap exceeds 1
+  const int64_t most_kept;  // of those that suppress each other
   BestRanks<T> best;
   KeptOfClasses<T> kept;
   int64_t* const found;  // of each class
@@ -172,6 +182,7 @@ struct Multiclass {
       : args(given),
         threshold(math::round_down<T>(given.iou_threshold)),
         suppresses(threshold < 1),
+        most_kept(limit_of_kept(given)),
         kept(given.class_agnostic ? 1 : given.classes, threshold),
         found(static_cast<int64_t*>(std::calloc(given.classes, sizeof(int64_t)))) {}
   ~Multiclass() { std::free(found); }
@@ -185,13 +196,6 @@ struct Multiclass {
   // False where memory ran out.
   bool image(int64_t image) {
     if (found == nullptr || kept.out_of_memory()) return false;
-    if (args.parts == 1) {
-      if (!scan_scores<T, Element>(args, image, 0, best)) return false;
-    } else {
-      start_candidates(args, best);
-      if (!merge(args.lists + image * args.parts, args.parts, best)) return false;
-    }
-    best.keep_most();
     const int64_t limit = args.max_detections;
     scores = static_cast<const Element*>(args.scores) + image * args.score_strides[0];
     boxes = static_cast<const Element*>(args.boxes) + image * args.box_strides[0];
@@ -203,19 +207,24 @@ struct Multiclass {
     kept.forget();
     std::memset(found, 0, args.classes * sizeof(int64_t));
 
-    LazyOrder<Rank> order(best.ranks, best.count, best.room);
-    const Rank* const ordered = best.room;
-    int64_t settled = 0;
-    for (int64_t i = 0; i < best.count && num < limit; ++i) {
-      constexpr int64_t kAhead = 8;
-      if (i == settled) {
-        settled = order.settle(i);
-        for (int64_t k = i; k < settled && k < i + kAhead; ++k) {
-          __builtin_prefetch(address(ordered[k]));
-        }
+    // Mostly the detections are full, or the candidates exhausted, after the first round.
+    int64_t seen = 0;
+    int64_t most = first_most(args);
+    Rank after = 0;
+    while (num < limit && most > 0) {
+      if (seen == 0 && args.parts > 1) {
+        start_candidates(args, most, best);
+        if (!merge(args.lists + image * args.parts, args.parts, best)) return false;
+      } else if (!scan_scores<T, Element>(args, image, 0, 1, most, after, best)) {
+        return false;
       }
-      if (i + kAhead < settled) __builtin_prefetch(address(ordered[i + kAhead]));
-      if (!visit(index_of(ordered[i]))) return false;
+      best.keep_most();
+      if (!visit_best()) return false;
+      if (best.count < most) break;
+      seen += best.count;
+      after = best.room[best.count - 1] + 1;  // where the order stands
+      const int64_t rest = args.pre_top_k - seen;
+      most = 8 * most < rest ? 8 * most : rest;
     }
     args.num[image] = num;
     for (int64_t i = num; i < limit; ++i) {
@@ -227,6 +236,32 @@ struct Multiclass {
   }
 
  private:
+  static int64_t limit_of_kept(const MulticlassArgs& args) {
+    const int64_t candidates = args.class_agnostic ? args.pre_top_k : args.locations;
+    int64_t most = args.max_detections;
+    if (args.max_per_class < most) most = args.class_agnostic ? candidates : args.max_per_class;
+    return most < candidates ? most : candidates;
+  }
+
+  // Goes through the candidates at hand by rising rank, until the detections are full.
+  bool visit_best() {
+    LazyOrder<Rank> order(best.ranks, best.count, best.room);
+    const Rank* const ordered = best.room;
+    int64_t settled = 0;
+    for (int64_t i = 0; i < best.count && num < args.max_detections; ++i) {
+      constexpr int64_t kAhead = 8;
+      if (i == settled) {
+        settled = order.settle(i);
+        for (int64_t k = i; k < settled && k < i + kAhead; ++k) {
+          __builtin_prefetch(address(ordered[k]));
+        }
+      }
+      if (i + kAhead < settled) __builtin_prefetch(address(ordered[i + kAhead]));
+      if (!visit(index_of(ordered[i]))) return false;
+    }
+    return true;
+  }
+
   bool visit(int64_t pair) {
     const int64_t place = pair / args.classes;
     const int64_t label = pair % args.classes;
@@ -235,11 +270,7 @@ struct Multiclass {
     if (full && !args.class_agnostic) return true;
     const math::Box<T> box = decoded(place, label);
     if (suppresses && (threshold < 0 || !is_inert(box))) {
-      const int64_t most = args.class_agnostic                       ? best.count
-                           : args.max_per_class < args.max_detections ? args.max_per_class
-                                                                      : args.max_detections;
-      KeptBoxes<T>* const others = kept.of(args.class_agnostic ? 0 : label,
-                                           most < best.count ? most : best.count);
+      KeptBoxes<T>* const others = kept.of(args.class_agnostic ? 0 : label, most_kept);
       if (others == nullptr) return false;
       if (!others->add(box)) return true;
     }
@@ -258,8 +289,7 @@ struct Multiclass {
   }
 
   math::Box<T> decoded(int64_t place, int64_t label) const {
-    const Element* const stored =
-        boxes + place * args.box_strides[1] + label * args.box_strides[2];
+    const Element* const stored = boxes + place * args.box_strides[1] + label * args.box_strides[2];
     T values[4];
     for (int k = 0; k < 4; ++k) values[k] = widen(stored[k * args.box_strides[3]]);
     const T* const prior =
@@ -280,7 +310,8 @@ struct Multiclass {
   int64_t num;
 };
 
-// ---- peak_nms ------------------------------------------------------------------------------------
+// ---- peak_nms
+// ------------------------------------------------------------------------------------
 
 // The window around a place, within a dimension.
 struct Window {
@@ -331,7 +362,8 @@ FASTZOO_INLINE bool scan_heatmap(const PeakArgs& args, int64_t image, int64_t pa
   using V = Vec<T>;
   start_peaks(args, best);
   const int64_t rows = args.classes * args.height;
-  const Element* const heatmap = static_cast<const Element*>(args.heatmap) + image * rows * args.width;
+  const Element* const heatmap =
+      static_cast<const Element*>(args.heatmap) + image * rows * args.width;
   const int64_t last = rows * (part + 1) / args.parts;
   T least = least_score<T>(best.bound);
   // The columns whose windows are whole, if they fill a vector.
@@ -415,7 +447,7 @@ void multiclass_scan(MulticlassArgs& args, int64_t begin, int64_t end) {
     using Element = decltype(element);
     using T = typename ComputeOf<Element>::type;
     fill_lists<T>(args, begin, end, [&](int64_t image, int64_t part, BestRanks<T>& best) {
-      return scan_scores<T, Element>(args, image, part, best);
+      return scan_scores<T, Element>(args, image, part, args.parts, first_most(args), 0, best);
     });
   });
 }

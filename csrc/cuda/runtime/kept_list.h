@@ -77,11 +77,217 @@ struct RotatedOverlap {
   };
 };
 
-// What the blocks tell one another, in words that start as zero: the tickets taken so far, then of
-// each image  blocks done << 32 | boxes kept.
-constexpr int64_t kTickets = 0;
-constexpr int64_t kFirstImage = 1;
+// What blocks tell one another, in words that start as zero: the tickets taken so far, and of each
+// list  blocks done << 32 | boxes kept. Blocks take their place in the order from a ticket, so that
+// a block only waits for blocks that already run.
 constexpr uint64_t kKeptOfWord = 0xffffffff;
+constexpr uint64_t kNoLimit = ~uint64_t{0};
+
+// Of an image or a segment.
+template <class Overlap>
+struct KeptList {
+  static constexpr int kNumbers = Overlap::kNumbers;
+
+  typename Overlap::Value* rows;
+  int64_t* ids;      // where gated
+  int64_t* indices;  // of boxes, as the kernel names them
+  uint64_t* word;
+
+  FASTZOO_DEVICE typename Overlap::Box box(int64_t i) const {
+    return Overlap::box_of(load_vector<kNumbers>(rows + kNumbers * i));
+  }
+  FASTZOO_DEVICE void put(int64_t i, const typename Overlap::Box& box, int64_t index) const {
+    store_vector(rows + kNumbers * i, Overlap::row_of(box));
+    indices[i] = index;
+  }
+};
+
+// What the threads of a block share.
+template <class Overlap, bool gated>
+struct KeepShared {
+  typename Overlap::Stage stage;
+  SharedArray<int64_t, gated ? kKeepBlock : 1> ids;
+  SharedArray<uint64_t, 1> announced;
+  SharedArray<uint32_t, kKeepWords> undecided_words;
+  SharedArray<uint32_t, kKeepWords> kept_words;
+
+  // Called once, by all threads.
+  FASTZOO_DEVICE uint64_t take_ticket(uint64_t* tickets) {
+    if (threadIdx.x == 0) announced[0] = atomic_add(tickets, uint64_t{1});
+    sync_block();
+    return announced[0];
+  }
+};
+
+// A thread's box among those of its block. gated: boxes of different ids never overlap. matched:
+// which box suppresses mine is remembered.
+template <class Overlap, bool gated, bool matched>
+class KeepBlock {
+ public:
+  using Box = typename Overlap::Box;
+  using Shared = KeepShared<Overlap, gated>;
+
+  // Finds which earlier boxes of the block overlap mine.
+  FASTZOO_DEVICE KeepBlock(Shared& shared, const Overlap& overlap, bool exists, const Box& own,
+                           int64_t id)
+      : shared_(shared), overlap_(overlap), own_(own), id_(id), undecided_(exists) {
+    shared.stage.put(thread_, own);
+    if constexpr (gated) shared.ids[thread_] = id;
+    sync_block();
+    for (int w = 0; w <= warp_; ++w) {
+      uint32_t word = 0;
+#pragma unroll Overlap::kUnroll
+      for (int i = 0; i < kWarpSize; ++i) {
+        const int other = w * kWarpSize + i;
+        const bool hit = is_suppressed_by<gated>(other);
+        word |= static_cast<uint32_t>(hit && other < thread_) << i;
+      }
+#pragma unroll
+      for (int i = 0; i < kKeepWords; ++i) {
+        if (i == w) overlaps_[i] = word;
+      }
+    }
+  }
+
+  // Tests my box, if it takes part, against a list that earlier blocks extend, until all of them
+  // are done with it. False as soon as the list has `limit` boxes.
+  template <bool mixed_list>
+  FASTZOO_DEVICE bool follow(const KeptList<Overlap>& list, uint64_t ticket, bool takes_part,
+                             uint64_t limit) {
+    bool open = undecided_ && takes_part;
+    for (bool my_turn = false; !my_turn;) {
+      sync_block();
+      if (thread_ == 0) {
+        uint64_t now = load_volatile(list.word);
+        while (now >> 32 != ticket && (now & kKeptOfWord) == tested_) {
+          wait_for_other_block();
+          now = load_volatile(list.word);
+        }
+        thread_fence();  // what the list holds is read after the word that announced it
+        shared_.announced[0] = now;
+      }
+      sync_block();
+      const uint64_t now = shared_.announced[0];
+      my_turn = now >> 32 == ticket;
+      const uint64_t total = now & kKeptOfWord;
+      if (total >= limit) return false;
+      for (; tested_ < total; tested_ += kKeepBlock) {
+        const int some =
+            static_cast<int>(total - tested_ < kKeepBlock ? total - tested_ : kKeepBlock);
+        if (thread_ < some) {
+          shared_.stage.put(thread_, list.box(tested_ + thread_));
+          if constexpr (mixed_list) shared_.ids[thread_] = list.ids[tested_ + thread_];
+        }
+        sync_block();
+        if (any(open)) {
+#pragma unroll Overlap::kUnroll
+          for (int i = 0; i < some; ++i) {
+            if (!is_suppressed_by<mixed_list>(i)) continue;
+            if constexpr (matched) {
+              if (open) in_list_ = static_cast<int>(tested_) + i;
+            }
+            open = false;
+          }
+        }
+        sync_block();
+      }
+      tested_ = total;
+    }
+    if (takes_part) undecided_ = open;
+    return true;
+  }
+
+  // Settles the block's boxes, all at once: one is dropped when an earlier one that overlaps it is
+  // kept, and kept when all of those are dropped. Each round settles at least the first.
+  FASTZOO_DEVICE void settle() {
+    uint32_t undecided_word = ballot(undecided_);
+    uint32_t kept_word = 0;
+    for (bool settled = false; !settled;) {
+      if (thread_ % kWarpSize == 0) {
+        shared_.undecided_words[warp_] = undecided_word;
+        shared_.kept_words[warp_] = kept_word;
+      }
+      sync_block();
+      uint32_t blocked_by_kept = 0;
+      uint32_t blocked_by_undecided = 0;
+      uint32_t left = 0;
+#pragma unroll
+      for (int w = 0; w < kKeepWords; ++w) {
+        const uint32_t undecided = shared_.undecided_words[w];
+        blocked_by_kept |= overlaps_[w] & shared_.kept_words[w];
+        blocked_by_undecided |= overlaps_[w] & undecided;
+        left |= undecided;
+      }
+      settled = left == 0;
+      if (undecided_ && blocked_by_kept != 0) {
+        undecided_ = false;
+      } else if (undecided_ && blocked_by_undecided == 0) {
+        undecided_ = false;
+        kept_ = true;
+      }
+      undecided_word = ballot(undecided_);
+      kept_word = ballot(kept_);
+      sync_block();
+    }
+  }
+
+  // Then: whether my box is kept,
+  FASTZOO_DEVICE bool kept() const { return kept_; }
+  // how many of the list it was tested against,
+  FASTZOO_DEVICE int64_t tested() const { return static_cast<int64_t>(tested_); }
+  // how many boxes of the block before the i-th are kept,
+  FASTZOO_DEVICE int kept_before(int i) const {
+    int count = 0;
+#pragma unroll
+    for (int w = 0; w < kKeepWords; ++w) {
+      const int bits = i - w * kWarpSize;
+      const uint32_t mask = bits >= kWarpSize ? ~0u : bits <= 0 ? 0u : (1u << bits) - 1;
+      count += population_count(shared_.kept_words[w] & mask);
+    }
+    return count;
+  }
+  // where matched: the first in the list that suppresses it, or -1,
+  FASTZOO_DEVICE int suppressor_in_list() const { return in_list_; }
+  // and otherwise the first of the block, or itself.
+  FASTZOO_DEVICE int suppressor_in_block() const {
+    int first = thread_;
+#pragma unroll
+    for (int w = kKeepWords - 1; w >= 0; --w) {
+      const uint32_t hits = overlaps_[w] & shared_.kept_words[w];
+      if (hits != 0) first = w * kWarpSize + population_count((hits & (0u - hits)) - 1);
+    }
+    return first;
+  }
+
+  // Tells later blocks that the list now has so many boxes, which this block has written.
+  FASTZOO_DEVICE void announce(const KeptList<Overlap>& list, uint64_t ticket, int64_t count) {
+    sync_block();
+    if (thread_ != 0) return;
+    thread_fence();  // the list is written before the word that announces it
+    atomic_exchange(list.word, (ticket + 1) << 32 | static_cast<uint64_t>(count));
+  }
+
+ private:
+  template <bool by_id>
+  FASTZOO_DEVICE bool is_suppressed_by(int i) const {
+    if constexpr (by_id) {
+      if (shared_.ids[i] != id_) return false;
+    }
+    return overlap_.suppresses(shared_.stage.get(i), own_);
+  }
+
+  Shared& shared_;
+  const Overlap overlap_;
+  const Box own_;
+  const int64_t id_;
+  const int thread_ = threadIdx.x;
+  const int warp_ = threadIdx.x / kWarpSize;
+  bool undecided_;
+  bool kept_ = false;
+  uint64_t tested_ = 0;
+  int in_list_ = -1;
+  uint32_t overlaps_[kKeepWords] = {};
+};
 
 // `Boxes` are those of each image in falling order of score:
 //   Overlap                   one of the above
@@ -89,230 +295,179 @@ constexpr uint64_t kKeptOfWord = 0xffffffff;
 //   exists(image, position)   positions up to some number do
 //   index(image, position)    what is kept and reported of a box
 //   read(image, index)        the box; computed once, however often it is compared
-//   id(image, index)          where gated: boxes of different ids never overlap
+//   id(image, index)          where gated
 template <class Boxes>
 struct KeepTask {
-  using Value = typename Boxes::Overlap::Value;
-
   Boxes boxes;
   typename Boxes::Overlap overlap;
-  int64_t n;          // positions of an image
-  Value* kept_rows;   // the kept list [images, n]: boxes,
-  int64_t* kept_ids;  // where gated their ids,
-  int64_t* kept;      // and their indices
-  int64_t* group;     // where matched: by index, the first in the list that suppresses a box
-  uint64_t* progress;
+  int64_t n;                                // positions of an image
+  KeptList<typename Boxes::Overlap> lists;  // one after another, of n each
+  int64_t* group;  // where matched: by index, the first in the list that suppresses a box
+  uint64_t* tickets;
   unsigned images;
-  int64_t limit;  // an image is done once it keeps so many; it may keep a few more
+  uint64_t limit;  // an image is done once it keeps so many; it may keep a few more
 };
 
-// Blocks take their place in the order from a ticket, so that a block only waits for blocks that
-// already run.
 template <class Boxes, bool gated, bool matched>
 __global__ void __launch_bounds__(kKeepBlock) nms_keep(KeepTask<Boxes> task) {
   using Overlap = typename Boxes::Overlap;
-  using Box = typename Overlap::Box;
-  constexpr int kNumbers = Overlap::kNumbers;
-  __shared__ typename Overlap::Stage stage;
-  __shared__ SharedArray<int64_t, gated ? kKeepBlock : 1> stage_ids;
-  __shared__ SharedArray<uint64_t, 1> announced;
-  __shared__ SharedArray<uint32_t, kKeepWords> undecided_words;
-  __shared__ SharedArray<uint32_t, kKeepWords> kept_words;
+  __shared__ KeepShared<Overlap, gated> shared;
   const int thread = threadIdx.x;
-  const int warp = thread / kWarpSize;
-  const int lane = thread % kWarpSize;
-
-  if (thread == 0) announced[0] = atomic_add(task.progress + kTickets, uint64_t{1});
-  sync_block();
-  uint64_t ticket = announced[0];
+  uint64_t ticket = shared.take_ticket(task.tickets);
   int64_t image = 0;
+  KeptList<Overlap> list = task.lists;
   if constexpr (Boxes::kManyImages) {
     image = static_cast<unsigned>(ticket) % task.images;
     ticket = static_cast<unsigned>(ticket) / task.images;
     if (!task.boxes.exists(image, static_cast<int64_t>(ticket) * kKeepBlock)) return;
+    const int64_t first = image * task.n;
+    list = {list.rows + Overlap::kNumbers * first, list.ids + first, list.indices + first,
+            list.word + image};
   }
-  typename Overlap::Value* const kept_rows = task.kept_rows + kNumbers * image * task.n;
-  int64_t* const kept_ids = task.kept_ids + image * task.n;
-  int64_t* const kept = task.kept + image * task.n;
-  uint64_t* const progress = task.progress + kFirstImage + image;
 
   const int64_t position = static_cast<int64_t>(ticket) * kKeepBlock + thread;
   const bool exists = task.boxes.exists(image, position);
   int64_t index = 0;
   int64_t id = 0;
-  Box own{};
+  typename Overlap::Box own{};
   if (exists) {
     index = task.boxes.index(image, position);
     own = task.boxes.read(image, index);
     if constexpr (gated) id = task.boxes.id(image, index);
   }
-  const auto suppressed_by = [&](int i) {
-    if constexpr (gated) {
-      if (stage_ids[i] != id) return false;
-    }
-    return task.overlap.suppresses(stage.get(i), own);
-  };
 
-  // Which earlier boxes of this block overlap mine.
-  stage.put(thread, own);
-  if constexpr (gated) stage_ids[thread] = id;
-  sync_block();
-  uint32_t overlaps[kKeepWords] = {};
-  for (int w = 0; w <= warp; ++w) {
-    uint32_t word = 0;
-#pragma unroll Overlap::kUnroll
-    for (int i = 0; i < kWarpSize; ++i) {
-      const int other = w * kWarpSize + i;
-      const bool hit = suppressed_by(other);
-      word |= static_cast<uint32_t>(hit && other < thread) << i;
-    }
-#pragma unroll
-    for (int i = 0; i < kKeepWords; ++i) {
-      if (i == w) overlaps[i] = word;
-    }
-  }
+  KeepBlock<Overlap, gated, matched> block(shared, task.overlap, exists, own, id);
+  // At the limit later blocks see the same word, so none of them waits for this one.
+  const uint64_t limit = Boxes::kManyImages ? task.limit : kNoLimit;
+  if (!block.template follow<gated>(list, ticket, true, limit)) return;
+  block.settle();
 
-  // Test against the kept list until all earlier blocks are done with it.
-  bool undecided = exists;
-  int64_t suppressor = -1;  // where matched: the first in the kept list
-  uint64_t tested = 0;
-  for (bool my_turn = false; !my_turn;) {
-    sync_block();
-    if (thread == 0) {
-      uint64_t now = load_volatile(progress);
-      while (now >> 32 != ticket && (now & kKeptOfWord) == tested) {
-        wait_for_other_block();
-        now = load_volatile(progress);
-      }
-      thread_fence();  // what the list holds is read after the word that announced it
-      announced[0] = now;
-    }
-    sync_block();
-    const uint64_t now = announced[0];
-    my_turn = now >> 32 == ticket;
-    const uint64_t total = now & kKeptOfWord;
-    if constexpr (Boxes::kManyImages) {
-      // Later blocks see the same word, so none of them waits for this one.
-      if (static_cast<int64_t>(total) >= task.limit) return;
-    }
-    for (; tested < total; tested += kKeepBlock) {
-      const int some = static_cast<int>(total - tested < kKeepBlock ? total - tested : kKeepBlock);
-      if (thread < some) {
-        const auto row = load_vector<kNumbers>(kept_rows + kNumbers * (tested + thread));
-        stage.put(thread, Overlap::box_of(row));
-        if constexpr (gated) stage_ids[thread] = kept_ids[tested + thread];
-      }
-      sync_block();
-      if (any(undecided)) {
-#pragma unroll Overlap::kUnroll
-        for (int i = 0; i < some; ++i) {
-          if (!suppressed_by(i)) continue;
-          if constexpr (matched) {
-            if (undecided) suppressor = static_cast<int64_t>(tested) + i;
-          }
-          undecided = false;
-        }
-      }
-      sync_block();
-    }
-    tested = total;
-  }
-
-  // Settle this block's boxes, all at once: one is dropped when an earlier one that overlaps it
-  // is kept, and kept when all of those are dropped. Each round settles at least the first.
-  bool keep = false;
-  uint32_t undecided_word = ballot(undecided);
-  uint32_t kept_word = 0;
-  int rank = 0;
-  int kept_here = 0;
-  for (bool settled = false; !settled;) {
-    if (lane == 0) {
-      undecided_words[warp] = undecided_word;
-      kept_words[warp] = kept_word;
-    }
-    sync_block();
-    uint32_t blocked_by_kept = 0;
-    uint32_t blocked_by_undecided = 0;
-    uint32_t left = 0;
-    rank = 0;
-    kept_here = 0;
-#pragma unroll
-    for (int w = 0; w < kKeepWords; ++w) {
-      const uint32_t word = kept_words[w];
-      blocked_by_kept |= overlaps[w] & word;
-      blocked_by_undecided |= overlaps[w] & undecided_words[w];
-      left |= undecided_words[w];
-      const uint32_t earlier = w < warp ? ~0u : w > warp ? 0u : (1u << lane) - 1;
-      rank += population_count(word & earlier);
-      kept_here += population_count(word);
-    }
-    settled = left == 0;
-    if (undecided && blocked_by_kept != 0) {
-      undecided = false;
-    } else if (undecided && blocked_by_undecided == 0) {
-      undecided = false;
-      keep = true;
-    }
-    undecided_word = ballot(undecided);
-    kept_word = ballot(keep);
-    sync_block();
-  }
-
-  const int64_t before = static_cast<int64_t>(tested);
-  if (keep) {
-    store_vector(kept_rows + kNumbers * (before + rank), Overlap::row_of(own));
-    kept[before + rank] = index;
-    if constexpr (gated) kept_ids[before + rank] = id;
+  const int64_t before = block.tested();
+  if (block.kept()) {
+    const int64_t place = before + block.kept_before(thread);
+    list.put(place, own, index);
+    if constexpr (gated) list.ids[place] = id;
   }
   if constexpr (matched) {
-    if (keep) suppressor = before + rank;
-    int64_t at = before;
-#pragma unroll
-    for (int w = 0; w < kKeepWords; ++w) {
-      const uint32_t word = kept_words[w];
-      const uint32_t hits = overlaps[w] & word;
-      if (suppressor < 0 && hits != 0) {
-        suppressor = at + population_count(word & ((hits & (0u - hits)) - 1));
-      }
-      at += population_count(word);
-    }
-    if (exists) task.group[index] = suppressor;
+    const int in_list = block.suppressor_in_list();
+    const int64_t in_block = before + block.kept_before(block.suppressor_in_block());
+    if (exists) task.group[index] = in_list >= 0 ? in_list : in_block;
   }
-  sync_block();
+  block.announce(list, ticket, before + block.kept_before(kKeepBlock));
+}
+
+// One image's boxes in order of their segments, and within one by falling score. A segment has a
+// list of its own, which begins at its first position, and blocks wait only for those that share
+// a segment with them. That list's word is the one of the block where the segment begins: of the
+// segments that begin in a block only the last goes on to others.
+template <class Boxes>
+struct SegmentTask {
+  Boxes boxes;
+  typename Boxes::Overlap overlap;
+  int64_t n;
+  const int64_t* ids;    // by position, rising
+  const int64_t* ranks;  // by position: places in the falling order of all scores
+  KeptList<typename Boxes::Overlap> lists;  // of ranks
+  int64_t* flags;                           // by rank: 1 where kept
+  int64_t* suppressors;  // where matched: by index, the rank of the first that suppresses a box
+  uint64_t* tickets;
+};
+
+// The first of rising ids [from, to) that is not below `id`.
+FASTZOO_DEVICE int64_t first_of_segment(const int64_t* ids, int64_t from, int64_t to, int64_t id) {
+  while (from < to) {
+    const int64_t middle = from + (to - from) / 2;
+    if (ids[middle] < id) {
+      from = middle + 1;
+    } else {
+      to = middle;
+    }
+  }
+  return from;
+}
+
+// Without the 1, nvcc spills for the sake of more blocks a unit.
+template <class Boxes, bool matched>
+__global__ void __launch_bounds__(kKeepBlock, 1) nms_keep_segments(SegmentTask<Boxes> task) {
+  using Overlap = typename Boxes::Overlap;
+  __shared__ KeepShared<Overlap, true> shared;
+  __shared__ SharedArray<int64_t, 1> head;  // where the segment of the block's first box begins
+  __shared__ SharedArray<int64_t, 1> tail;  // and that of its last, if it goes on, or -1
+  const int thread = threadIdx.x;
+  const uint64_t ticket = shared.take_ticket(task.tickets);
+  const int64_t begin = static_cast<int64_t>(ticket) * kKeepBlock;
+  const int64_t end = begin + kKeepBlock < task.n ? begin + kKeepBlock : task.n;
+  const auto list_from = [&](int64_t position) -> KeptList<Overlap> {
+    const KeptList<Overlap>& all = task.lists;
+    return {all.rows + Overlap::kNumbers * position, nullptr, all.indices + position,
+            all.word + position / kKeepBlock};
+  };
   if (thread == 0) {
-    thread_fence();  // the list is written before the word that announces it
-    atomic_exchange(progress, (ticket + 1) << 32 | static_cast<uint64_t>(before + kept_here));
+    const int64_t first_id = task.ids[begin];
+    const int64_t last_id = task.ids[end - 1];
+    const int64_t first = first_of_segment(task.ids, 0, begin, first_id);
+    const bool goes_on = end < task.n && task.ids[end] == last_id;
+    const int64_t last =
+        last_id == first_id ? first : first_of_segment(task.ids, begin, end, last_id);
+    head[0] = first;
+    tail[0] = goes_on ? last : -1;
+  }
+  const bool exists = begin + thread < end;
+  int64_t id = 0;
+  typename Overlap::Box own{};
+  if (exists) {
+    own = task.boxes.read(0, task.boxes.index(0, task.ranks[begin + thread]));
+    id = task.ids[begin + thread];
+  }
+
+  KeepBlock<Overlap, true, matched> block(shared, task.overlap, exists, own, id);
+  if (head[0] < begin) {
+    const bool of_head = id == task.ids[begin];
+    block.template follow<false>(list_from(head[0]), ticket, of_head, kNoLimit);
+  }
+  block.settle();
+
+  if (tail[0] >= 0) {
+    const KeptList<Overlap> list = list_from(tail[0]);
+    const bool begun_before = tail[0] < begin;
+    const int first_thread = begun_before ? 0 : static_cast<int>(tail[0] - begin);
+    const int64_t before = (begun_before ? block.tested() : 0) - block.kept_before(first_thread);
+    if (block.kept() && thread >= first_thread) {
+      list.put(before + block.kept_before(thread), own, task.ranks[begin + thread]);
+    }
+    block.announce(list, ticket, before + block.kept_before(kKeepBlock));
+  }
+  if (!exists) return;
+  const int64_t rank = task.ranks[begin + thread];
+  task.flags[rank] = block.kept();
+  if constexpr (matched) {
+    const int in_list = block.suppressor_in_list();
+    task.suppressors[task.boxes.index(0, rank)] =
+        in_list >= 0 ? list_from(head[0]).indices[in_list]
+                     : task.ranks[begin + block.suppressor_in_block()];
   }
 }
 
-// Memory for the kept lists of some images.
-template <class Boxes>
-class KeptList {
+// Memory for lists of n boxes in all, `words` at most.
+template <class Overlap>
+class KeptMemory {
  public:
-  using Overlap = typename Boxes::Overlap;
-  using Value = typename Overlap::Value;
+  KeptMemory(const Tensor& like, int64_t n, int64_t words, bool gated)
+      : rows_(empty(like, {n, Overlap::kNumbers * int64_t{sizeof(Value)}}, ScalarType::Byte)),
+        ids_(empty(like, {gated ? n : 0}, ScalarType::Long)),
+        words_(torch::stable::new_zeros(like, {1 + words}, ScalarType::Long)) {}
 
-  KeptList(const Tensor& like, int64_t images, int64_t n, bool gated)
-      : rows_(empty(like, {images * n, Overlap::kNumbers * int64_t{sizeof(Value)}},
-                    ScalarType::Byte)),
-        ids_(empty(like, {gated ? images * n : 0}, ScalarType::Long)),
-        progress_(torch::stable::new_zeros(like, {kFirstImage + images}, ScalarType::Long)) {}
-
-  void give(KeepTask<Boxes>& task) const {
-    task.kept_rows = static_cast<Value*>(rows_.mutable_data_ptr());
-    task.kept_ids = static_cast<int64_t*>(ids_.mutable_data_ptr());
-    task.progress = static_cast<uint64_t*>(progress_.mutable_data_ptr());
+  KeptList<Overlap> lists(const Tensor& indices) const {
+    return {static_cast<Value*>(rows_.mutable_data_ptr()),
+            static_cast<int64_t*>(ids_.mutable_data_ptr()),
+            static_cast<int64_t*>(indices.mutable_data_ptr()), tickets() + 1};
   }
-
-  const Value* rows() const { return static_cast<const Value*>(rows_.const_data_ptr()); }
-
-  // A word for each image, whose lower half is how many it keeps.
-  const int64_t* words() const {
-    return static_cast<const int64_t*>(progress_.const_data_ptr()) + kFirstImage;
-  }
+  uint64_t* tickets() const { return static_cast<uint64_t*>(words_.mutable_data_ptr()); }
 
  private:
-  Tensor rows_, ids_, progress_;
+  using Value = typename Overlap::Value;
+
+  Tensor rows_, ids_, words_;
 };
 
 }  // namespace fastzoo::cuda

@@ -1,4 +1,5 @@
-"""torchvision's CPU algorithm, a scalar greedy loop, compiled here for the baseline CPU."""
+"""The textbook loops of torchvision's and mmcv's CPU kernels, one pair of boxes at a time, compiled
+here for the baseline CPU."""
 
 import functools
 import os
@@ -10,14 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.implementation import Implementation, Unavailable, first_line, require_cpu
+from benchmarks.implementation import (
+    Implementation,
+    Unavailable,
+    first_line,
+    require_cpu,
+    require_few,
+)
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _BUILD = Path(__file__).parents[2] / "build" / "benchmarks"
 
 
 @functools.cache
-def _compiled() -> Any:
+def compiled() -> Any:
+    """``nms``, ``soft_nms`` and ``nms_rotated``, as torch operators."""
     library = _BUILD / f"{_SOURCE.stem}-torch{torch.__version__}.so"
     if not library.exists() or library.stat().st_mtime < _SOURCE.stat().st_mtime:
         try:
@@ -27,7 +35,7 @@ def _compiled() -> Any:
         except subprocess.CalledProcessError as error:
             raise Unavailable(f"it does not compile: {error.stderr.strip()[:200]}") from error
     torch.ops.load_library(library)
-    return torch.ops.fastzoo_peers.scalar_nms.default
+    return torch.ops.fastzoo_peers
 
 
 def _compile(library: Path) -> None:
@@ -49,7 +57,29 @@ def _compile(library: Path) -> None:
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Callable[[], Tensor]:
     require_cpu(boxes)
-    return functools.partial(_compiled(), boxes, scores, iou_threshold)
+    require_few(len(boxes))
+    return functools.partial(compiled().nms.default, boxes, scores, iou_threshold)
 
 
-PEER = Implementation("scalar loop", {"nms": _nms})
+def _soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    method: str = "linear",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    score_threshold: float = 0.001,
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    require_cpu(boxes)
+    limits = iou_threshold, sigma, score_threshold
+    return functools.partial(compiled().soft_nms.default, boxes, scores, method, *limits)
+
+
+def _nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Callable[[], Tensor]:
+    require_cpu(boxes)
+    return functools.partial(compiled().nms_rotated.default, boxes, scores, iou_threshold)
+
+
+PEER = Implementation(
+    "scalar loop", {"nms": _nms, "soft_nms": _soft_nms, "nms_rotated": _nms_rotated}
+)
