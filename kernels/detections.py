@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastzoo.reference.detections import _rank_in_class, decode_boxes
+from fastzoo.reference.detections import decode_boxes, rank_in_class
 from fastzoo.reference.nms import round_down
 from fastzoo.reference.precision import compute_dtype
 
@@ -181,7 +181,7 @@ def multiclass_nms(
     kept = torch.where(chosen, kept, 0)
     if max_per_class >= 0:
         own = torch.where(chosen, label.gather(1, kept), classes) + image * (classes + 1)
-        chosen &= _rank_in_class(own.flatten()).view_as(own) < max_per_class
+        chosen &= rank_in_class(own.flatten()).view_as(own) < max_per_class
         # The chosen ones come first, in their order.
         first = torch.where(chosen, rank, rank + candidates).sort(1).indices[:, :most]
         chosen, kept = chosen.gather(1, first), kept.gather(1, first)

@@ -180,7 +180,7 @@ def multiclass_nms(
         else:
             kept = batched_nms(decoded, flat[order], label, iou_threshold)
         if max_per_class >= 0:
-            kept = kept[_rank_in_class(label[kept]) < max_per_class]
+            kept = kept[rank_in_class(label[kept]) < max_per_class]
         kept = kept[:max_detections]
         n = len(kept)
         num[image] = n
@@ -191,7 +191,7 @@ def multiclass_nms(
     return num, padded_boxes, padded_scores, labels, indices
 
 
-def _rank_in_class(labels: Tensor) -> Tensor:
+def rank_in_class(labels: Tensor) -> Tensor:
     """How many earlier elements are equal to each."""
     order = torch.argsort(labels, stable=True)
     ordered = labels[order]

@@ -73,10 +73,10 @@ def test_nothing_spills(build: tuple[Path, str]) -> None:
 
 def test_decisions_are_not_contracted(build: tuple[Path, str]) -> None:
     ptx = functions(dump(build[0], "--dump-ptx"), r"\.entry (\w+)\(")
-    keep = [body for name, body in ptx if "nms_keep" in name]
+    keep = [body for name, body in ptx if re.search("nms_keep|soft_nms_take|matrix_nms_pass", name)]
     # For double inputs the fast pass asks for fused operations in double, by name.
     exact = [body for name, body in ptx if "vq_finish" in name and "IddE" not in name]
-    assert len(keep) >= 4
+    assert len(keep) >= 20
     assert len(exact) >= 3
     for body in keep:
         assert "fma.rn" not in body

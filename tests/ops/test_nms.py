@@ -1,6 +1,7 @@
 """nms against independent oracles, and the edges that belong to it alone."""
 
 import ctypes
+import functools
 import itertools
 import os
 
@@ -138,13 +139,42 @@ def test_any_order_of_threads_keeps_the_same(order: str, monkeypatch: pytest.Mon
         assert torch.equal(ops.nms(boxes, scores, 0.5, backend="cuda"), expected)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="the emulator is for machines without a GPU")
+@pytest.mark.parametrize("order", ["forward", "random:1"])
+@pytest.mark.parametrize("segments", [1, 2])
+def test_many_boxes_are_lowered_in_any_order_of_threads(
+    segments: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More boxes in a segment than a block has threads, and few levels of scores.
+    monkeypatch.setenv("FASTZOO_EMULATOR_ORDER", order)
+    boxes, scores = clustered_boxes(20, 70, seed=8)
+    scores = (scores * 50).round() / 50
+    idxs = torch.arange(len(boxes)) % segments
+    soft = functools.partial(ops.soft_nms, boxes, scores, idxs=idxs, max_detections=40)
+    for method in ("linear", "gaussian"):
+        right = soft(method=method, backend="reference")
+        assert_same_outputs(soft(method=method, backend="cuda"), right, context=method)
+    matrix = functools.partial(ops.matrix_nms, boxes, scores, idxs=idxs)
+    assert_same_outputs(matrix(backend="cuda"), matrix(backend="cpu"))
+
+
 def test_cuda_reads_the_count_once() -> None:
     library = ctypes.CDLL(os.fspath(EMULATOR) if DEVICE == "cpu" else _native.library("_C_cuda"))
     library.fastzoo_cuda_sync_count.restype = ctypes.c_int64
     boxes, scores = (t.to(DEVICE) for t in random_boxes(300))
-    before = library.fastzoo_cuda_sync_count()
-    ops.nms(boxes, scores, 0.5, backend="cuda")
-    assert library.fastzoo_cuda_sync_count() == before + 1
+    idxs = torch.arange(300, device=DEVICE) % 5
+    rotated = torch.cat([boxes, scores[:, None]], 1)
+    for call in (
+        functools.partial(ops.nms, boxes, scores, 0.5),
+        functools.partial(ops.batched_nms, boxes, scores, idxs, 0.5),
+        functools.partial(ops.nms_match, boxes, scores, 0.5),
+        functools.partial(ops.nms_rotated, rotated, scores, 0.5),
+        functools.partial(ops.soft_nms, boxes, scores, max_detections=20),
+        functools.partial(ops.matrix_nms, boxes, scores),
+    ):
+        before = library.fastzoo_cuda_sync_count()
+        call(backend="cuda")
+        assert library.fastzoo_cuda_sync_count() == before + 1
 
 
 def test_triton_reads_the_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
