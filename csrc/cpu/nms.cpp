@@ -61,8 +61,7 @@ Segments segments_of(const std::vector<int32_t>& order, const int64_t* ids) {
 
 struct Suppressed {
   std::vector<int32_t> order;  // boxes by rank
-  std::vector<int32_t> by;     // see SuppressArgs
-  int64_t kept = 0;
+  std::vector<int32_t> by;     // see SuppressArgs; -1 elsewhere
 };
 
 // Segments are shared out among threads: by the place of their first box, so that each part has
@@ -102,7 +101,6 @@ void run(void (*kernel)(SuppressArgs&), const SuppressArgs& given, Segments& seg
   }
   for (const SuppressArgs& args : parts_args) {
     STD_TORCH_CHECK(!args.out_of_memory, "nms: out of memory for ", n, " boxes");
-    result.kept += args.kept;
   }
 }
 
@@ -116,14 +114,14 @@ Measure parse_overlap(const std::string& name) {
                   name);
 }
 
-// The numbers of a contiguous tensor of elements as T, in `room` where they are not.
+// The numbers of a contiguous tensor [N, M] of elements as T, in `room` where they are not.
 template <class T, class Element>
 const T* numbers_as(const Tensor& tensor, std::vector<T>& room) {
   const Element* const given = static_cast<const Element*>(tensor.const_data_ptr());
   if constexpr (std::is_same_v<Element, T>) {
     return given;
   } else {
-    room.assign(given, given + tensor.numel());
+    room.assign(given, given + tensor.size(0) * tensor.size(1));
     return room.data();
   }
 }
@@ -144,7 +142,7 @@ Suppressed run_suppression(const Tensor& boxes, const Tensor& scores, const Tens
     using T = std::conditional_t<std::is_same_v<Element, double>, double, float>;
     result.order =
         order_by_falling_score<T>(static_cast<const Element*>(dense_scores.const_data_ptr()), n);
-    result.by.resize(n);
+    result.by.assign(n, -1);
     Segments segments = segments_of(result.order, ids);
     SuppressArgs args{};
     args.threshold = iou_threshold;
@@ -166,12 +164,16 @@ Suppressed run_suppression(const Tensor& boxes, const Tensor& scores, const Tens
 }
 
 Tensor keep_of(const Suppressed& result, const Tensor& boxes) {
-  const Tensor keep = empty(boxes, {result.kept}, ScalarType::Long);
-  int64_t* out = static_cast<int64_t*>(keep.mutable_data_ptr());
   const int32_t n = static_cast<int32_t>(result.order.size());
+  std::vector<int32_t> kept(n);
+  int64_t count = 0;
   for (int32_t rank = 0; rank < n; ++rank) {
-    if (result.by[rank] == rank) *out++ = result.order[rank];
+    // Without a branch, as none could be foreseen.
+    kept[count] = result.order[rank];
+    count += result.by[rank] == rank;
   }
+  const Tensor keep = empty(boxes, {count}, ScalarType::Long);
+  std::copy_n(kept.data(), count, static_cast<int64_t*>(keep.mutable_data_ptr()));
   return keep;
 }
 

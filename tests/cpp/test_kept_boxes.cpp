@@ -98,7 +98,6 @@ T threshold_as(double threshold, const math::Box<T>*) {
 }
 double threshold_as(double threshold, const PlacedBox*) { return threshold; }
 
-// Boxes may be kept by the hundred thousand: what is compared is each decision.
 template <class T>
 void check_decisions(int& failures, int family, int64_t n, double threshold, double extent,
                      uint64_t seed) {
@@ -114,7 +113,7 @@ void check_decisions(int& failures, int family, int64_t n, double threshold, dou
     double p[5];
     draw(random, family, extent, p);
     const Box box = box_from(p, family == 1, kept);
-    // As the caller has it.
+    // The caller keeps such boxes without asking.
     if (threshold >= 0 && is_inert(box)) {
       for (int64_t k = 0; k < count; ++k) same &= !exceeds(kept[k], box, threshold);
       continue;

@@ -42,36 +42,33 @@ FASTZOO_INLINE void suppress(SuppressArgs& args) {
   // No overlap exceeds 1, as no union comes out smaller than the intersection.
   if (!(threshold < 1) || args.n <= 1) {
     for (int64_t i = 0; i < args.n; ++i) args.by[args.ranks[i]] = args.ranks[i];
-    args.kept += args.n;
     return;
   }
   using Kept = KeptBoxes<T, kMatch>;
   Kept kept(args.n, Overlap<T>(threshold));
   const bool inert_boxes_matter = threshold < 0;
-  int64_t inert = 0;
-  int64_t active = 0;  // ranks of the kept ones that can suppress come to stand in front
+  const int32_t* const order = args.order;
+  int32_t* const ranks = args.ranks;
+  int32_t* const by = args.by;
+  int64_t active = 0;  // with a match, ranks of the kept ones that can suppress come to the front
   for (int64_t i = 0; i < args.n; ++i) {
     // The order by score is no order in memory.
     constexpr int64_t kAhead = 8;
-    if (i + kAhead < args.n) {
-      __builtin_prefetch(boxes.address(args.order[args.ranks[i + kAhead]]));
-    }
-    const int32_t rank = args.ranks[i];
-    const auto box = boxes[args.order[rank]];
-    int32_t by = rank;
+    if (i + kAhead < args.n) __builtin_prefetch(boxes.address(order[ranks[i + kAhead]]));
+    const int32_t rank = ranks[i];
+    const auto box = boxes[order[rank]];
     if (!inert_boxes_matter && is_inert(box)) {
-      ++inert;
-    } else {
-      const int32_t first = kept.add_or_find(box);
-      if (first == Kept::kNone) {
-        args.ranks[active++] = rank;
-      } else {
-        by = kMatch ? args.ranks[first] : -1;
-      }
+      by[rank] = rank;
+      continue;
     }
-    args.by[rank] = by;
+    const int32_t first = kept.add_or_find(box);
+    if (first == Kept::kNone) {
+      by[rank] = rank;
+      if (kMatch) ranks[active++] = rank;
+    } else if (kMatch) {
+      by[rank] = ranks[first];
+    }
   }
-  args.kept += inert + active;
   args.out_of_memory |= kept.out_of_memory();
 }
 

@@ -15,8 +15,8 @@ struct SuppressArgs {
   const int32_t* order;  // by rank, the boxes
   int32_t* ranks;        // [n] of the segment, rising; overwritten
   int64_t n;
-  int32_t* by;         // out, by rank: the first that suppresses it (-1 without match), or itself
-  int64_t kept;        // the kept ones are added to it
+  int32_t* by;         // out, by rank: of a kept one itself; with a match, of another the first
+                       // that suppresses it
   bool out_of_memory;  // set where memory ran out
 };
 
