@@ -411,6 +411,10 @@ def test_shares_of_scores_and_of_detections() -> None:
     peaks = ops.peak_nms(heatmap, top_k=40)
     assert compare("peak_nms", peaks, peaks) == (True, 1.0)
     assert compare("peak_nms", tuple(t[:, :4] for t in peaks), peaks)[1] < 0.5
+    few = ops.peak_nms(heatmap, top_k=200)
+    assert few[1].min() == -1  # the padding, which another may have left out
+    other = few[0], *(t.where(t >= 0, torch.tensor(-2)) for t in few[1:])
+    assert compare("peak_nms", other, few) == (False, 1.0)
 
 
 def test_overlaps_are_right_within_their_tolerance() -> None:
