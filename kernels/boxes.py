@@ -15,10 +15,10 @@ from fastzoo.reference.precision import compute_dtype
 
 from .runtime import EXACT, CompileCase, on_device_of
 
-# Pairs in a program: of boxes by boxes, of boxes by boxes backward, and of pairs in a row. The
-# largest that spill no registers.
+# Pairs in a program: of boxes by boxes, of boxes by boxes backward, where registers are what limits
+# how many programs run at a time, and of pairs in a row.
 TILE = (16, 64)
-BACKWARD_TILES = {torch.float32: (16, 32), torch.float64: (8, 32)}
+BACKWARD_TILES = {torch.float32: (8, 32), torch.float64: (8, 16)}
 ROW = 256
 NUM_WARPS = 4
 

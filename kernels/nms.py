@@ -122,8 +122,8 @@ def _nms_kernel(
         if BATCHED and total >= most:
             done = block
     if BATCHED and total >= most:
-        return  # as every later block of this image will
-    alive = inside & (tl.max(suppressed.to(tl.int32), axis=1) == 0)
+        count = count * 0  # no more are wanted; every later block will see so, too
+    alive = (box < count) & (tl.max(suppressed.to(tl.int32), axis=1) == 0)
 
     # A box survives if no survivor suppresses it. Each round settles at least one more box, from
     # the first on, and a round that changes nothing has settled all.

@@ -1,11 +1,13 @@
 """The examples, in short."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("sklearn")
 
-from examples import face_margin
+from examples import face_margin, nms_methods
 from fastzoo import ops
 
 
@@ -50,3 +52,22 @@ def test_verification_of_perfect_and_of_chance_embeddings() -> None:
     area, found = face_margin.verify(Told(chance), unknown)
     assert abs(area - 0.5) < 0.03
     assert found < 0.03
+
+
+def test_methods_differ_as_their_titles_say(tmp_path: Path) -> None:
+    output = tmp_path / "nms-methods.png"
+    shown = {title.split(":")[0]: count for title, count in nms_methods.draw(output).items()}
+    objects = len(nms_methods.OBJECTS)
+    assert shown["before"] == nms_methods.COPIES * objects
+    assert shown["nms_rotated"] == objects  # the two that lie along one another among them
+    assert shown["nms"] < objects
+    assert shown["nms"] < shown["soft_nms"]
+    assert shown["multiclass_nms"] == shown["weighted_nms"] == objects - 1
+    assert output.stat().st_size > 50_000
+
+
+def test_boxes_of_the_picture_hold_what_they_are_around() -> None:
+    rotated, _, _ = nms_methods.detect()
+    corners = nms_methods.corners_of(rotated)
+    low, high = corners.amin(1), corners.amax(1)
+    assert torch.allclose(nms_methods.around(rotated), torch.cat([low, high], 1), atol=1e-3)

@@ -16,13 +16,9 @@ namespace {
 using math::Decode;
 
 Decode parse_decode(const std::string& name) {
-  if (name.empty()) return Decode::none;
-  if (name == "deltas") return Decode::deltas;
-  if (name == "distances") return Decode::distances;
-  if (name == "yolov3") return Decode::yolov3;
-  if (name == "yolov5") return Decode::yolov5;
-  if (name == "yolox") return Decode::yolox;
-  STD_TORCH_CHECK(false, "multiclass_nms: unknown decode ", name);
+  Decode form;
+  STD_TORCH_CHECK(math::decode_named(name.c_str(), form), "multiclass_nms: unknown decode ", name);
+  return form;
 }
 
 // What the kernels allocate.

@@ -96,12 +96,12 @@ void gather(const Element* rows, const std::vector<int32_t>& boxes, const BoxCol
   }
 }
 
-using Detections = std::tuple<Tensor, Tensor>;
+using Kept = std::tuple<Tensor, Tensor>;
 
 // The boxes whose lowered score is above the threshold, by that score.
 template <class T>
-Detections best_of(const Tensor& boxes, const std::vector<T>& lowered, double score_threshold,
-                   int64_t most) {
+Kept best_of(const Tensor& boxes, const std::vector<T>& lowered, double score_threshold,
+             int64_t most) {
   const int64_t n = static_cast<int64_t>(lowered.size());
   const std::vector<int32_t> order = order_by_falling_score<T>(lowered.data(), n);
   const int64_t kept =
@@ -125,12 +125,12 @@ int64_t at_most(int64_t max_detections) {
 
 // What both rules are handed: the dense inputs, in the types of the boxes and of the computation.
 template <class Body>
-Detections with_types(const char* op, const Tensor& boxes, const Tensor& scores, const Body& body) {
+Kept with_types(const char* op, const Tensor& boxes, const Tensor& scores, const Body& body) {
   const int64_t n = boxes.size(0);
   STD_TORCH_CHECK(n < int64_t{1} << 31, op, ": fewer than 2^31 boxes needed, got ", n);
   const Tensor rows = torch::stable::contiguous(boxes);
   const Tensor values = torch::stable::contiguous(scores);
-  Detections result;
+  Kept result;
   dispatch_float(boxes.scalar_type(), op, [&](auto element) {
     using Element = decltype(element);
     using T = std::conditional_t<std::is_same_v<Element, double>, double, float>;
@@ -156,9 +156,8 @@ Segments candidates(const Element* scores, const Tensor& idxs, int64_t n, double
 
 // Segments do not meet, so each is a sequence of its own. Scores fall along it, and of equal ones
 // the lower index comes first: the order of falling scores is the sequence of them all.
-Detections soft_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
-                    std::string method, double iou_threshold, double sigma, double score_threshold,
-                    int64_t max_detections) {
+Kept soft_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, std::string method,
+              double iou_threshold, double sigma, double score_threshold, int64_t max_detections) {
   return with_types("soft_nms", boxes, scores, [&](auto type, auto* rows, auto* values) {
     using T = decltype(type);
     const Segments segments = candidates<T>(values, idxs, boxes.size(0), score_threshold);
@@ -199,9 +198,8 @@ Detections soft_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idx
   });
 }
 
-Detections matrix_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
-                      std::string method, double sigma, double score_threshold,
-                      int64_t max_detections) {
+Kept matrix_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, std::string method,
+                double sigma, double score_threshold, int64_t max_detections) {
   return with_types("matrix_nms", boxes, scores, [&](auto type, auto* rows, auto* values) {
     using T = decltype(type);
     const Segments segments = candidates<T>(values, idxs, boxes.size(0), score_threshold);

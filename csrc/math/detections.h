@@ -16,6 +16,18 @@ struct Decoder {
   double weight_x, weight_y, weight_w, weight_h, clip;  // of deltas
 };
 
+// The form of a name, as the operator's schema has it; false where there is none. Host only.
+static inline bool decode_named(const char* name, Decode& form) {
+  constexpr const char* kNames[] = {"", "deltas", "distances", "yolov3", "yolov5", "yolox"};
+  for (int i = 0; i < 6; ++i) {
+    if (__builtin_strcmp(name, kNames[i]) == 0) {
+      form = static_cast<Decode>(i);
+      return true;
+    }
+  }
+  return false;
+}
+
 // Numbers of a prior.
 FASTZOO_HD int64_t prior_size(Decode form) {
   switch (form) {

@@ -18,29 +18,40 @@ FASTZOO_HD double exact_floor(double x) {
 #endif
 }
 
+// 2^k for a whole number k from -1022 to 1023.
+FASTZOO_HD double exact_power_of_two(double k) {
+  return bits_as<double>(static_cast<uint64_t>(static_cast<int64_t>(k) + 1023) << 52);
+}
+
+// e^x where -708 <= x <= 709. V is double or the CPU's vector of doubles.
+template <class V>
+FASTZOO_HD V exact_exponential_inside(V x) {
+  // Cody and Waite: the product of k and the leading part of log 2 is exact.
+  const V k = exact_floor(x * V(1.4426950408889634) + V(0.5));
+  const V r = (x - k * V(6.93147180369123816490e-01)) - k * V(1.90821492927058770002e-10);
+  V p(1.0 / 6227020800);  // 1/13!
+  p = p * r + V(1.0 / 479001600);
+  p = p * r + V(1.0 / 39916800);
+  p = p * r + V(1.0 / 3628800);
+  p = p * r + V(1.0 / 362880);
+  p = p * r + V(1.0 / 40320);
+  p = p * r + V(1.0 / 5040);
+  p = p * r + V(1.0 / 720);
+  p = p * r + V(1.0 / 120);
+  p = p * r + V(1.0 / 24);
+  p = p * r + V(1.0 / 6);
+  p = p * r + V(1.0 / 2);
+  p = p * r + V(1.0);
+  p = p * r + V(1.0);
+  return p * exact_power_of_two(k);
+}
+
 // e^x; 0 below -708, infinite above 709.
 FASTZOO_HD double exact_exponential(double x) {
   if (x < -708) return 0;
   if (x > 709) return __builtin_huge_val();
   if (is_nan(x)) return x;
-  // Cody and Waite: the product of k and the leading part of log 2 is exact.
-  const double k = exact_floor(x * 1.4426950408889634 + 0.5);
-  const double r = (x - k * 6.93147180369123816490e-01) - k * 1.90821492927058770002e-10;
-  double p = 1.0 / 6227020800;  // 1/13!
-  p = p * r + 1.0 / 479001600;
-  p = p * r + 1.0 / 39916800;
-  p = p * r + 1.0 / 3628800;
-  p = p * r + 1.0 / 362880;
-  p = p * r + 1.0 / 40320;
-  p = p * r + 1.0 / 5040;
-  p = p * r + 1.0 / 720;
-  p = p * r + 1.0 / 120;
-  p = p * r + 1.0 / 24;
-  p = p * r + 1.0 / 6;
-  p = p * r + 1.0 / 2;
-  p = p * r + 1;
-  p = p * r + 1;
-  return p * bits_as<double>(static_cast<uint64_t>(static_cast<int64_t>(k) + 1023) << 52);
+  return exact_exponential_inside(x);
 }
 
 FASTZOO_HD double exact_sigmoid(double x) { return 1 / (1 + exact_exponential(-x)); }

@@ -41,14 +41,19 @@ FASTZOO_HD uint64_t falling_key(double score) {
 // The rules that lower scores. Each decay is one rounding of T, whatever computes it.
 enum class Decay { linear, gaussian, hard };
 
+// V is double or the CPU's vector of doubles.
+template <class V>
+FASTZOO_HD V gaussian_decay(V iou, V sigma) {
+  return exact_exponential((V(0.0) - iou * iou) / sigma);
+}
+
 // What soft-NMS multiplies the score of a box with for its overlap with one that was taken. At
 // most 1; NaN decays nothing. `threshold` is rounded down to T.
 template <class T>
 FASTZOO_HD T soft_decay(T iou, Decay method, T threshold, double sigma) {
   if (method == Decay::gaussian) {
     if (is_nan(iou)) return T(1);
-    const double wide = iou;
-    return static_cast<T>(exact_exponential(-(wide * wide) / sigma));
+    return static_cast<T>(gaussian_decay<double>(iou, sigma));
   }
   if (!(iou > threshold)) return T(1);
   return method == Decay::linear ? T(1) - iou : T(0);

@@ -201,17 +201,18 @@ def nms_rotated(
     labels: Tensor | None = None,
     clockwise: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """NMS of rotated ``dets [N, 5]`` as (cx, cy, width, height, radians): ``[k, 6]`` with the scores,
-    and int64 ``[k]``, by falling score.
+    """NMS of rotated ``dets [N, 5]`` as (cx, cy, width, height, radians): ``[k, 6]`` with the
+    scores, and int64 ``[k]``, by falling score.
 
     Args:
         labels: ``[N]``: boxes of different labels do not overlap.
         clockwise: which way the angle turns, as seen in an image.
 
     Different from theirs: overlaps are right, where theirs lose corners of boxes that are
-    identical (1/3 instead of 1 has been seen: mmcv #2621) or nearly so; ``labels`` count on the CPU
-    too, where theirs are ignored; an overlap equal to the threshold does not suppress, as on their
-    GPU; and no boxes give ``[0, 6]`` and ``[0]``, where theirs give ``dets`` and None.
+    identical (1/3 instead of 1 has been seen: mmcv #2621) or nearly so; ``labels`` keep boxes
+    apart, where theirs are taken and have no effect; an overlap equal to the threshold does not
+    suppress, as on their GPU; and no boxes give ``[0, 6]`` and ``[0]``, where theirs give ``dets``
+    and None.
     """
     if labels is not None and labels.is_floating_point():
         labels = labels.unique(return_inverse=True)[1]

@@ -43,15 +43,16 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 def _image_by_image(
     overlap: Callable[[Tensor, Tensor], Tensor], boxes1: Tensor, boxes2: Tensor
 ) -> Tensor:
-    """``[..., N, M]`` of ``[..., N, K]`` and ``[..., M, K]``, where leading dimensions broadcast."""
+    """``[..., N, M]`` of ``[..., N, K]`` and ``[..., M, K]``; leading dimensions are broadcast."""
+    boxes1, boxes2 = (b if b.is_floating_point() else b.float() for b in (boxes1, boxes2))
     if boxes1.dim() == boxes2.dim() == 2:
         return overlap(boxes1, boxes2)
     batch = torch.broadcast_shapes(boxes1.shape[:-2], boxes2.shape[:-2])
     first, second = (b.expand(*batch, *b.shape[-2:]).flatten(0, -3) for b in (boxes1, boxes2))
-    if len(first) == 0:
+    found = [overlap(a, b) for a, b in zip(first, second, strict=True)]
+    if not found:
         return boxes1.new_empty(*batch, boxes1.shape[-2], boxes2.shape[-2])
-    found = torch.stack([overlap(a, b) for a, b in zip(first, second, strict=True)])
-    return found.unflatten(0, batch)
+    return torch.stack(found).reshape(*batch, boxes1.shape[-2], boxes2.shape[-2])
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy") -> Tensor:
@@ -198,7 +199,8 @@ def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
 
 
 def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """``torchvision.ops.clip_boxes_to_image``: boxes ``[..., 4]`` within ``size`` (height, width)."""
+    """``torchvision.ops.clip_boxes_to_image``: boxes ``[..., 4]`` within a ``size`` of
+    (height, width)."""
     height, width = size
     x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
     return torch.stack([x, y], -1).reshape(boxes.shape)
@@ -219,9 +221,9 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     n, height, width = masks.shape
     if masks.numel() == 0:
         return torch.zeros(n, 4, device=masks.device)
-    set_ = masks != 0
+    marked = masks != 0
     edges = []
-    for line, length in ((set_.any(1), width), (set_.any(2), height)):
+    for line, length in ((marked.any(1), width), (marked.any(2), height)):
         first = line.byte().argmax(1)
         last = length - 1 - line.flip(1).byte().argmax(1)
         edges.append(torch.stack([first, last], 1) * line.any(1, keepdim=True))

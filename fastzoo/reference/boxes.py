@@ -142,11 +142,11 @@ def box_overlap_backward(
                 square = sides[0] * sides[0] + sides[1] * sides[1]
                 turn = (sides[1] if axis == 0 else -sides[0]) / square
                 by_side = by_side - sign * by_aspect * turn
-            by_low = -by_shared * _share(low, other_low) - by_side
-            by_high = by_shared * _share(other_high, high) + by_side
+            by_low = -_passed(by_shared, low, other_low) - by_side
+            by_high = _passed(by_shared, other_high, high) + by_side
             if by_hull is not None:
-                by_low = by_low - by_hull[axis] * _share(other_low, low)
-                by_high = by_high + by_hull[axis] * _share(high, other_high)
+                by_low = by_low - _passed(by_hull[axis], other_low, low)
+                by_high = by_high + _passed(by_hull[axis], high, other_high)
             if by_centre is not None:
                 by_low = by_low + sign * by_centre[axis] / 2
                 by_high = by_high + sign * by_centre[axis] / 2
@@ -160,9 +160,9 @@ def box_overlap_backward(
     return first.to(dtypes[0]), second.to(dtypes[1])
 
 
-def _share(larger: Tensor, smaller: Tensor) -> Tensor:
-    """1 where the first is the larger, 1/2 where they are equal, 0 elsewhere."""
-    return (larger > smaller).to(larger.dtype) + (larger == smaller).to(larger.dtype) / 2
+def _passed(grad: Tensor, larger: Tensor, smaller: Tensor) -> Tensor:
+    """The gradient where the first is the larger, half of it where they are equal."""
+    return torch.where(larger > smaller, grad, torch.where(larger == smaller, grad / 2, 0))
 
 
 def rotated_columns(boxes: Tensor, degrees: bool) -> dict[str, Tensor]:

@@ -189,6 +189,31 @@ def test_no_matrix_of_intermediates() -> None:
     assert peak < 1.2 * 4 * 2000 * 2000
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_tiles_and_any_number_of_threads(threads: int) -> None:
+    first = random_boxes(301, extent=150, seed=1)[0].requires_grad_()
+    second = random_boxes(701, extent=150, seed=2)[0].requires_grad_()
+    exact = ops.complete_box_iou(first.double(), second.double(), backend="reference")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = ops.complete_box_iou(first, second, backend="cpu")
+        weights = torch.linspace(-1, 2, found.numel()).view(found.shape)
+        grads = torch.autograd.grad((found * weights).sum(), (first, second))
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, exact.float(), rtol=0, atol=1e-5)
+    right = torch.autograd.grad((exact * weights).sum(), (first, second))
+    for actual, expected in zip(grads, right, strict=True):
+        # Each is a sum of hundreds of terms, in float32.
+        assert (actual - expected).norm() < 1e-5 * expected.norm()
+    again = ops.complete_box_iou(first, second, backend="cpu")
+    for a, b in zip(
+        grads, torch.autograd.grad((again * weights).sum(), (first, second)), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
 def test_every_instruction_set_overlaps_alike(capability: str) -> None:
     boxes, _ = rotated_boxes(60, extent=60)
     right = ops.box_iou_rotated(boxes, boxes, backend="reference")

@@ -79,8 +79,7 @@ FASTZOO_INLINE void fill_lists(Args& args, int64_t begin, int64_t end, const Sca
   }
 }
 
-// ---- multiclass_nms
-// ------------------------------------------------------------------------------
+// ---- multiclass_nms ---------------------------------------------------------------
 
 template <class T>
 FASTZOO_INLINE void start_candidates(const MulticlassArgs& args, int64_t most, BestRanks<T>& best) {
@@ -131,7 +130,7 @@ class KeptOfClasses {
   KeptOfClasses(int64_t classes, T threshold)
       : threshold_(threshold),
         classes_(classes),
-        kept_(static_cast<KeptBoxes<T>**>(std::calloc(classes, sizeof(KeptBoxes<T>*)))) {}
+        kept_(static_cast<KeptBoxes<T>**>(std::calloc(classes + 1, sizeof(KeptBoxes<T>*)))) {}
   ~KeptOfClasses() {
     if (kept_ != nullptr) forget();
     std::free(kept_);
@@ -184,7 +183,7 @@ struct Multiclass {
         suppresses(threshold < 1),
         most_kept(limit_of_kept(given)),
         kept(given.class_agnostic ? 1 : given.classes, threshold),
-        found(static_cast<int64_t*>(std::calloc(given.classes, sizeof(int64_t)))) {}
+        found(static_cast<int64_t*>(std::calloc(given.classes + 1, sizeof(int64_t)))) {}
   ~Multiclass() { std::free(found); }
 
   const Element* address(Rank rank) const {
@@ -310,8 +309,7 @@ struct Multiclass {
   int64_t num;
 };
 
-// ---- peak_nms
-// ------------------------------------------------------------------------------------
+// ---- peak_nms ---------------------------------------------------------------
 
 // The window around a place, within a dimension.
 struct Window {

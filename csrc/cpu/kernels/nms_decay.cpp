@@ -3,7 +3,7 @@
 // by one and in their order, so that the result is that of the sequence to the last bit.
 #include "nms_decay.h"
 
-#include "../runtime/vec.h"
+#include "../runtime/vec_math.h"
 
 namespace fastzoo::cpu::FASTZOO_CPU_ISA {
 namespace {
@@ -24,30 +24,36 @@ FASTZOO_INLINE Wide<T> boxes_from(const BoxColumns<T>& boxes, int64_t first) {
   return {x1, y1, x2, y2, math::box_area(x1, y1, x2, y2)};
 }
 
+// What is known of the limit that an overlap is to exceed: that it is 0, that it is at least 0, or
+// nothing.
+enum class Limits { zero, positive, any };
+
+// The boxes whose overlap could exceed `limit`. Above 0, an overlap is that of boxes that meet. And
+// none exceeds its limit whose intersection is below the product of limit and union: rounding is
+// monotone, and the limit a value of T.
+template <Limits kLimits, class T>
+FASTZOO_INLINE uint32_t could_exceed(const Wide<T>& a, const Wide<T>& b, Vec<T> limit) {
+  if (kLimits == Limits::any) return Vec<T>::MaskType::kAll;
+  if (kLimits == Limits::zero) {
+    return less(maximum(a.x1, b.x1), minimum(a.x2, b.x2)).bits &
+           less(maximum(a.y1, b.y1), minimum(a.y2, b.y2)).bits;
+  }
+  const Vec<T> intersection = math::box_intersection(a, b);
+  const Vec<T> product = limit * math::box_union(a, b, intersection);
+  return greater(intersection, Vec<T>(T(0))).bits & not_less(intersection, product).bits;
+}
+
 // Calls hit(i, iou) in rising order for the boxes [begin, end) whose overlap with `box` exceeds
-// limit(first), that of the vector of boxes from `first` on; an end to all where it says false.
-// kTouching: no limit is below 0, so that boxes which do not intersect are passed over. Of the
-// others, none exceeds its limit whose intersection is below the product of limit and union:
-// rounding is monotone, and the limit a value of T.
-template <bool kTouching, class T, class Limit, class Hit>
+// limit(first), that of the vector of boxes from `first` on; until it says false.
+template <Limits kLimits, class T, class Limit, class Hit>
 FASTZOO_INLINE void each_overlap(const BoxColumns<T>& boxes, int64_t begin, int64_t end,
                                  const Wide<T>& box, const Limit& limit, const Hit& hit) {
   constexpr int kSize = Vec<T>::size;
   for (int64_t first = begin / kSize * kSize; first < end; first += kSize) {
     const Wide<T> others = boxes_from(boxes, first);
-    uint32_t hits = Vec<T>::MaskType::kAll;
-    if (kTouching) {
-      hits = less(maximum(others.x1, box.x1), minimum(others.x2, box.x2)).bits &
-             less(maximum(others.y1, box.y1), minimum(others.y2, box.y2)).bits;
-      if (hits == 0) continue;
-    }
     const Vec<T> least = limit(first);
-    if (kTouching) {
-      const Vec<T> intersection = math::box_intersection(others, box);
-      const Vec<T> product = least * math::box_union(others, box, intersection);
-      hits &= not_less(intersection, product).bits;
-      if (hits == 0) continue;
-    }
+    uint32_t hits = could_exceed<kLimits>(others, box, least);
+    if (hits == 0) continue;
     const Vec<T> iou = math::box_iou(others, box);
     hits &= greater(iou, least).bits;
     if (first < begin) hits &= ~0u << (begin - first);
@@ -60,6 +66,41 @@ FASTZOO_INLINE void each_overlap(const BoxColumns<T>& boxes, int64_t begin, int6
       if (!hit(first + lane, ious[lane])) return;
     }
   }
+}
+
+// Calls lower(i, decay) in rising order for the boxes [0, n) whose scores an overlap with `box`
+// lowers, until it says false. Exponentials are computed for many at a time, and wait for that.
+template <Limits kLimits, class T, class Lower>
+FASTZOO_INLINE void each_decay(const SoftNmsArgs<T>& args, T limit, const BoxColumns<T>& boxes,
+                               int64_t n, const Wide<T>& box, const Lower& lower) {
+  const auto limit_of = [&](int64_t) { return Vec<T>(limit); };
+  if (args.method != math::Decay::gaussian) {
+    each_overlap<kLimits>(boxes, 0, n, box, limit_of, [&](int64_t i, T iou) {
+      return lower(i, math::soft_decay(iou, args.method, args.iou_threshold, args.sigma));
+    });
+    return;
+  }
+  constexpr int kSize = Vec<double>::size;
+  constexpr int kRoom = 32;
+  int64_t places[kRoom];
+  double overlaps[kRoom] = {};
+  int count = 0;
+  const auto lower_all = [&] {
+    for (int first = 0; first < count; first += kSize) {
+      const Vec<double> iou = Vec<double>::load(overlaps + first);
+      math::gaussian_decay(iou, Vec<double>(args.sigma)).store(overlaps + first);
+    }
+    bool more = true;
+    for (int i = 0; more && i < count; ++i) more = lower(places[i], static_cast<T>(overlaps[i]));
+    count = 0;
+    return more;
+  };
+  each_overlap<kLimits>(boxes, 0, n, box, limit_of, [&](int64_t i, T iou) {
+    places[count] = i;
+    overlaps[count] = iou;
+    return ++count < kRoom || lower_all();
+  });
+  if (count > 0) lower_all();
 }
 
 template <class T>
@@ -125,20 +166,18 @@ class Waiting {
     args_.waiting_scores[count_] = 0;
   }
 
-  template <bool kTouching>
+  template <Limits kLimits>
   __attribute__((always_inline)) void lower(const Wide<T>& taken, T limit) {
-    each_overlap<kTouching>(
-        args_.waiting, 0, count_, taken, [&](int64_t) { return Vec<T>(limit); },
-        [&](int64_t slot, T iou) {
-          T& score = args_.waiting_scores[slot];
-          if (score == 0) return true;
-          score = score * math::soft_decay(iou, args_.method, args_.iou_threshold, args_.sigma);
-          if (!(score > args_.score_threshold)) {
-            score = 0;
-            ++lost_;
-          }
-          return true;
-        });
+    each_decay<kLimits>(args_, limit, args_.waiting, count_, taken, [&](int64_t slot, T decay) {
+      T& score = args_.waiting_scores[slot];
+      if (score == 0) return true;
+      score = score * decay;
+      if (!(score > args_.score_threshold)) {
+        score = 0;
+        ++lost_;
+      }
+      return true;
+    });
     if (8 * lost_ > count_) drop_lost();
   }
 
@@ -170,7 +209,7 @@ class Waiting {
 // A score as it was given is an upper bound, as no decay exceeds 1. So a box is looked at once its
 // score is not below the best of those that wait; it then is lowered by all that were taken
 // before, and waits, lowered by each one taken after.
-template <bool kTouching, class T>
+template <Limits kLimits, class T>
 FASTZOO_INLINE void soft_nms(const SoftNmsArgs<T>& args, T limit) {
   Waiting<T> waiting(args);
   int64_t next = 0;
@@ -179,12 +218,11 @@ FASTZOO_INLINE void soft_nms(const SoftNmsArgs<T>& args, T limit) {
     for (; next < args.n && args.scores[next] >= best.score; ++next) {
       T score = args.scores[next];
       args.scores[next] = static_cast<T>(__builtin_nan(""));
-      each_overlap<kTouching>(
-          args.taken, 0, taken, box_at(args.boxes, next), [&](int64_t) { return Vec<T>(limit); },
-          [&](int64_t, T iou) {
-            score = score * math::soft_decay(iou, args.method, args.iou_threshold, args.sigma);
-            return score > args.score_threshold;
-          });
+      each_decay<kLimits>(args, limit, args.taken, taken, box_at(args.boxes, next),
+                          [&](int64_t, T decay) {
+                            score = score * decay;
+                            return score > args.score_threshold;
+                          });
       if (!(score > args.score_threshold)) continue;
       const auto added = waiting.add(next, score);
       if (best.score == 0 || waiting.is_better(added, best)) best = added;
@@ -194,7 +232,7 @@ FASTZOO_INLINE void soft_nms(const SoftNmsArgs<T>& args, T limit) {
     args.scores[position] = best.score;
     copy_box(args.boxes, position, args.taken, taken);
     waiting.remove(best.slot);
-    waiting.template lower<kTouching>(box_at(args.boxes, position), limit);
+    waiting.template lower<kLimits>(box_at(args.boxes, position), limit);
   }
   // Where `most` ended it, the rest was never looked at.
   for (; next < args.n; ++next) args.scores[next] = static_cast<T>(__builtin_nan(""));
@@ -205,12 +243,12 @@ FASTZOO_INLINE void soft_nms(const SoftNmsArgs<T>& args) {
   // What overlaps no more than this is not lowered.
   switch (args.method) {
     case math::Decay::gaussian:
-      return soft_nms<true>(args, T(0));
+      return soft_nms<Limits::zero>(args, T(0));
     case math::Decay::linear:
-      return soft_nms<true>(args, math::maximum(args.iou_threshold, T(0)));
+      return soft_nms<Limits::positive>(args, math::maximum(args.iou_threshold, T(0)));
     case math::Decay::hard:
-      if (args.iou_threshold < 0) return soft_nms<false>(args, args.iou_threshold);
-      return soft_nms<true>(args, args.iou_threshold);
+      if (args.iou_threshold < 0) return soft_nms<Limits::any>(args, args.iou_threshold);
+      return soft_nms<Limits::positive>(args, args.iou_threshold);
   }
 }
 
@@ -225,7 +263,7 @@ FASTZOO_INLINE void each_overlap_before(const MatrixNmsArgs<T>& args, int64_t be
       const int64_t from = tile < args.segments[row] ? args.segments[row] : tile;
       const int64_t to = tile + kTile < row ? tile + kTile : row;
       if (from >= to) continue;
-      each_overlap<true>(
+      each_overlap<Limits::positive>(
           args.boxes, from, to, box_at(args.boxes, row),
           [&](int64_t first) { return limit(row, first); },
           [&](int64_t i, T iou) {

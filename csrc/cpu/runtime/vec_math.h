@@ -2,6 +2,7 @@
 // twins are in csrc/math/host_device.h.
 #pragma once
 
+#include "../../math/exact.h"
 #include "vec.h"
 
 namespace fastzoo::cpu::FASTZOO_CPU_ISA {
@@ -113,6 +114,29 @@ FASTZOO_INLINE Vec<T> exponential(Vec<T> x) {
   V power;
   __builtin_memcpy(&power.v, &bits, sizeof(Bits));
   return select(less(x, V(E::kLeast)), V(T(0)), sum * power);
+}
+
+// The vectors that csrc/math/exact.h is given: lane by lane what its functions of doubles give.
+// Numbers are below 2^51.
+FASTZOO_INLINE Vec<double> exact_floor(Vec<double> x) {
+  const Vec<double> shift(0x1.8p52), one(1.0);
+  const Vec<double> nearest = (x + shift) - shift;
+  return select(greater(nearest, x), nearest - one, nearest);
+}
+
+FASTZOO_INLINE Vec<double> exact_power_of_two(Vec<double> k) {
+  const Vec<double> shifted = k + Vec<double>(0x1.8p52);  // whose low bits are k
+  BitsOf<double>::type bits;
+  __builtin_memcpy(&bits, &shifted.v, sizeof(bits));
+  bits = (bits + 1023) << 52;
+  Vec<double> power;
+  __builtin_memcpy(&power.v, &bits, sizeof(bits));
+  return power;
+}
+
+// Of numbers that are at most 709, and not NaN.
+FASTZOO_INLINE Vec<double> exact_exponential(Vec<double> x) {
+  return select(less(x, Vec<double>(-708.0)), Vec<double>(0.0), math::exact_exponential_inside(x));
 }
 
 // log(1 + x) for x from 0 to 1: 2 artanh(x / (2 + x)), whose series in a square of at most 1/9 is
