@@ -2,10 +2,10 @@
 #include "kernels/nms.h"
 
 #include <algorithm>
-#include <numeric>
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../torch_abi.h"
@@ -14,83 +14,78 @@
 namespace fastzoo::cpu {
 namespace {
 
-// The ranks of each segment in turn, and where each ends.
+// The boxes of each segment in turn, by falling score within it, and where each segment ends.
 struct Segments {
-  std::vector<int32_t> ranks;
+  std::vector<int32_t> boxes;
   std::vector<int64_t> ends;
 };
 
 template <class Key>
-void sort_by_segment(const std::vector<int32_t>& order, const int64_t* ids, int64_t least,
-                     Segments& segments) {
-  const int64_t n = static_cast<int64_t>(order.size());
+void sort_by_segment(const int64_t* ids, int64_t least, Segments& segments) {
+  const int64_t n = static_cast<int64_t>(segments.boxes.size());
   std::vector<Entry<Key>> entries(n);
-  for (int64_t rank = 0; rank < n; ++rank) {
-    const uint64_t key = static_cast<uint64_t>(ids[order[rank]]) - static_cast<uint64_t>(least);
-    entries[rank] = {static_cast<Key>(key), static_cast<int32_t>(rank)};
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t box = segments.boxes[i];
+    const uint64_t key = static_cast<uint64_t>(ids[box]) - static_cast<uint64_t>(least);
+    entries[i] = {static_cast<Key>(key), box};
   }
   radix_sort(entries);
   for (int64_t i = 0; i < n; ++i) {
     if (i > 0 && entries[i].key != entries[i - 1].key) segments.ends.push_back(i);
-    segments.ranks[i] = entries[i].index;
+    segments.boxes[i] = entries[i].index;
   }
   segments.ends.push_back(n);
 }
 
 // Boxes of different ids are of different segments; without ids there is one.
-Segments segments_of(const std::vector<int32_t>& order, const int64_t* ids) {
-  const int64_t n = static_cast<int64_t>(order.size());
-  Segments segments;
-  segments.ranks.resize(n);
+Segments segments_of(std::vector<int32_t> order, const int64_t* ids) {
+  Segments segments{std::move(order), {}};
+  const int64_t n = static_cast<int64_t>(segments.boxes.size());
   if (ids != nullptr && n > 0) {
     const auto [least, most] = std::minmax_element(ids, ids + n);
     const uint64_t range = static_cast<uint64_t>(*most) - static_cast<uint64_t>(*least);
     if (range > 0) {
       if (range >> 32 == 0) {
-        sort_by_segment<uint32_t>(order, ids, *least, segments);
+        sort_by_segment<uint32_t>(ids, *least, segments);
       } else {
-        sort_by_segment<uint64_t>(order, ids, *least, segments);
+        sort_by_segment<uint64_t>(ids, *least, segments);
       }
       return segments;
     }
   }
-  std::iota(segments.ranks.begin(), segments.ranks.end(), 0);
   segments.ends.push_back(n);
   return segments;
 }
 
-struct Suppressed {
-  std::vector<int32_t> order;  // boxes by rank
-  std::vector<int32_t> by;     // see SuppressArgs; -1 elsewhere
-};
-
-// Segments are shared out among threads: by the place of their first box, so that each part has
-// about as many boxes.
-void run(void (*kernel)(SuppressArgs&), const SuppressArgs& given, Segments& segments,
-         Suppressed& result) {
-  const int64_t n = static_cast<int64_t>(result.order.size());
-  const int64_t segment_count = static_cast<int64_t>(segments.ends.size());
+// Leaves each segment's kept boxes in front of it, and returns how many they are. Segments are
+// shared out among threads by the place of their first box: each part has about as many boxes.
+std::vector<int64_t> run(void (*kernel)(SuppressArgs&), const SuppressArgs& given,
+                         Segments& segments) {
+  const int64_t n = static_cast<int64_t>(segments.boxes.size());
+  const int64_t count = static_cast<int64_t>(segments.ends.size());
+  std::vector<int64_t> kept(count);
   constexpr int64_t kWorthAThread = 16384;
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t parts = std::min({threads, segment_count, 1 + n / kWorthAThread});
-  std::vector<SuppressArgs> parts_args(parts, given);
+  const int64_t parts = std::min({threads, count, 1 + n / kWorthAThread});
+  const auto begin_of = [&](int64_t segment) {
+    return segment == 0 ? 0 : segments.ends[segment - 1];
+  };
+  // The first segment that begins at this place or behind it.
+  const auto first_from = [&](int64_t place) {
+    const auto end = std::lower_bound(segments.ends.begin(), segments.ends.end(), place);
+    return place == 0 ? 0 : std::min<int64_t>(end - segments.ends.begin() + 1, count);
+  };
+  std::vector<char> out_of_memory(parts);
   const auto run_part = [&](int64_t part) {
-    SuppressArgs& args = parts_args[part];
-    args.order = result.order.data();
-    args.by = result.by.data();
-    const auto first_from = [&](int64_t place) {
-      // The first segment that begins at this place or after it.
-      return place == 0 ? 0
-                        : std::lower_bound(segments.ends.begin(), segments.ends.end(), place) -
-                              segments.ends.begin() + 1;
-    };
-    const int64_t last = std::min(first_from(n * (part + 1) / parts), segment_count);
+    SuppressArgs args = given;
+    const int64_t last = part + 1 == parts ? count : first_from(n * (part + 1) / parts);
     for (int64_t segment = first_from(n * part / parts); segment < last; ++segment) {
-      const int64_t begin = segment == 0 ? 0 : segments.ends[segment - 1];
-      args.ranks = segments.ranks.data() + begin;
-      args.n = segments.ends[segment] - begin;
+      args.order = segments.boxes.data() + begin_of(segment);
+      args.n = segments.ends[segment] - begin_of(segment);
       kernel(args);
+      kept[segment] = args.kept;
     }
+    out_of_memory[part] = args.out_of_memory;
   };
   if (parts == 1) {
     run_part(0);
@@ -99,9 +94,27 @@ void run(void (*kernel)(SuppressArgs&), const SuppressArgs& given, Segments& seg
       for (int64_t part = begin; part < end; ++part) run_part(part);
     });
   }
-  for (const SuppressArgs& args : parts_args) {
-    STD_TORCH_CHECK(!args.out_of_memory, "nms: out of memory for ", n, " boxes");
+  for (const char out : out_of_memory) {
+    STD_TORCH_CHECK(!out, "nms: out of memory for ", n, " boxes");
   }
+  return kept;
+}
+
+// All kept boxes by falling score, given those of the segments and the order of all boxes.
+void merge(const Segments& segments, const std::vector<int64_t>& kept,
+           std::vector<int32_t>& order) {
+  std::vector<char> is_kept(order.size());
+  for (size_t segment = 0; segment < kept.size(); ++segment) {
+    const int64_t begin = segment == 0 ? 0 : segments.ends[segment - 1];
+    for (int64_t i = 0; i < kept[segment]; ++i) is_kept[segments.boxes[begin + i]] = 1;
+  }
+  int64_t count = 0;
+  for (const int32_t box : order) {
+    // Without a branch, as none could be foreseen.
+    order[count] = box;
+    count += is_kept[box];
+  }
+  order.resize(count);
 }
 
 enum class Measure { aligned, rotated, rotated_degrees };
@@ -126,8 +139,10 @@ const T* numbers_as(const Tensor& tensor, std::vector<T>& room) {
   }
 }
 
-Suppressed run_suppression(const Tensor& boxes, const Tensor& scores, const Tensor* idxs,
-                           double iou_threshold, Measure measure, bool match) {
+// Of the kept boxes, by falling score; `by` (see SuppressArgs) is filled unless it is nullptr.
+std::vector<int32_t> run_suppression(const Tensor& boxes, const Tensor& scores, const Tensor* idxs,
+                                     double iou_threshold, Measure measure,
+                                     std::vector<int32_t>* by) {
   const int64_t n = boxes.size(0);
   // The kernel counts up to four entries a box in 32 bits.
   STD_TORCH_CHECK(n < int64_t{1} << 30, "nms: fewer than 2^30 boxes needed, got ", n);
@@ -136,78 +151,74 @@ Suppressed run_suppression(const Tensor& boxes, const Tensor& scores, const Tens
   const Tensor dense_idxs = idxs == nullptr ? dense_scores : torch::stable::contiguous(*idxs);
   const int64_t* const ids =
       idxs == nullptr ? nullptr : static_cast<const int64_t*>(dense_idxs.const_data_ptr());
-  Suppressed result;
+  std::vector<int32_t> order;
   dispatch_float(boxes.scalar_type(), "nms", [&](auto element) {
     using Element = decltype(element);
     using T = std::conditional_t<std::is_same_v<Element, double>, double, float>;
-    result.order =
+    order =
         order_by_falling_score<T>(static_cast<const Element*>(dense_scores.const_data_ptr()), n);
-    result.by.assign(n, -1);
-    Segments segments = segments_of(result.order, ids);
+    const bool one = ids == nullptr;
+    Segments segments = segments_of(one ? std::move(order) : order, ids);
     SuppressArgs args{};
     args.threshold = iou_threshold;
     args.degrees = measure == Measure::rotated_degrees;
-    args.match = match;
+    if (by != nullptr) {
+      by->resize(n);
+      args.by = by->data();
+    }
+    std::vector<int64_t> kept;
     if (measure == Measure::aligned) {
       std::vector<T> room;
       args.boxes = numbers_as<T, Element>(dense_boxes, room);
-      run(std::is_same_v<T, double> ? FASTZOO_SELECT_KERNEL(suppress_double)
-                                    : FASTZOO_SELECT_KERNEL(suppress_float),
-          args, segments, result);
+      kept = run(std::is_same_v<T, double> ? FASTZOO_SELECT_KERNEL(suppress_double)
+                                           : FASTZOO_SELECT_KERNEL(suppress_float),
+                 args, segments);
     } else {
       std::vector<double> room;
       args.boxes = numbers_as<double, Element>(dense_boxes, room);
-      run(FASTZOO_SELECT_KERNEL(suppress_rotated), args, segments, result);
+      kept = run(FASTZOO_SELECT_KERNEL(suppress_rotated), args, segments);
+    }
+    if (one) {
+      order = std::move(segments.boxes);
+      order.resize(kept[0]);
+    } else {
+      merge(segments, kept, order);
     }
   });
-  return result;
+  return order;
 }
 
-Tensor keep_of(const Suppressed& result, const Tensor& boxes) {
-  const int32_t n = static_cast<int32_t>(result.order.size());
-  std::vector<int32_t> kept(n);
-  int64_t count = 0;
-  for (int32_t rank = 0; rank < n; ++rank) {
-    // Without a branch, as none could be foreseen.
-    kept[count] = result.order[rank];
-    count += result.by[rank] == rank;
-  }
-  const Tensor keep = empty(boxes, {count}, ScalarType::Long);
-  std::copy_n(kept.data(), count, static_cast<int64_t*>(keep.mutable_data_ptr()));
+Tensor indices(const std::vector<int32_t>& kept, const Tensor& like) {
+  const Tensor keep = empty(like, {static_cast<int64_t>(kept.size())}, ScalarType::Long);
+  std::copy(kept.begin(), kept.end(), static_cast<int64_t*>(keep.mutable_data_ptr()));
   return keep;
 }
 
-Tensor group_of(const Suppressed& result, const Tensor& boxes) {
-  const int32_t n = static_cast<int32_t>(result.order.size());
-  const Tensor group = empty(boxes, {n}, ScalarType::Long);
-  int64_t* const out = static_cast<int64_t*>(group.mutable_data_ptr());
-  std::vector<int32_t> positions(n);  // of the kept ones, by rank
-  int32_t kept = 0;
-  for (int32_t rank = 0; rank < n; ++rank) {
-    const int32_t by = result.by[rank];
-    if (by == rank) positions[rank] = kept++;
-    out[result.order[rank]] = positions[by];
-  }
-  return group;
-}
-
 Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
-  return keep_of(run_suppression(boxes, scores, nullptr, iou_threshold, Measure::aligned, false),
+  return indices(run_suppression(boxes, scores, nullptr, iou_threshold, Measure::aligned, nullptr),
                  boxes);
 }
 
 Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
                    double iou_threshold) {
-  return keep_of(run_suppression(boxes, scores, &idxs, iou_threshold, Measure::aligned, false),
+  return indices(run_suppression(boxes, scores, &idxs, iou_threshold, Measure::aligned, nullptr),
                  boxes);
 }
 
 std::tuple<Tensor, Tensor> suppress(const Tensor& boxes, const Tensor& scores, const Tensor& idxs,
                                     double iou_threshold, std::string overlap, bool match) {
-  const Suppressed result = run_suppression(boxes, scores, idxs.size(0) > 0 ? &idxs : nullptr,
-                                            iou_threshold, parse_overlap(overlap), match);
-  return {keep_of(result, boxes),
-          match ? group_of(result, boxes) : empty(boxes, {0}, ScalarType::Long)};
+  std::vector<int32_t> by;
+  const std::vector<int32_t> kept =
+      run_suppression(boxes, scores, idxs.size(0) > 0 ? &idxs : nullptr, iou_threshold,
+                      parse_overlap(overlap), match ? &by : nullptr);
+  const Tensor group = empty(boxes, {match ? boxes.size(0) : 0}, ScalarType::Long);
+  if (match) {
+    int64_t* const groups = static_cast<int64_t*>(group.mutable_data_ptr());
+    std::vector<int32_t> positions(by.size());
+    for (size_t i = 0; i < kept.size(); ++i) positions[kept[i]] = static_cast<int32_t>(i);
+    for (size_t box = 0; box < by.size(); ++box) groups[box] = positions[by[box]];
+  }
+  return {indices(kept, boxes), group};
 }
 
 }  // namespace

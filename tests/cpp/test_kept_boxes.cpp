@@ -122,7 +122,7 @@ void check_decisions(int& failures, int family, int64_t n, double threshold, dou
     for (int64_t k = count - 1; k >= 0; --k) {
       if (exceeds(kept[k], box, threshold)) expected = static_cast<int32_t>(k);
     }
-    same &= first.add_or_find(box) == expected;
+    same &= first.add_or_find(box, static_cast<int32_t>(count)) == expected;
     same &= any.add(box) == (expected == KeptBoxes<T>::kNone);
     if (expected == KeptBoxes<T>::kNone) kept[count++] = box;
   }

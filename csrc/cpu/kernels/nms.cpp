@@ -41,40 +41,32 @@ FASTZOO_INLINE void suppress(SuppressArgs& args) {
   const auto threshold = boxes.threshold_of(args);
   // No overlap exceeds 1, as no union comes out smaller than the intersection.
   if (!(threshold < 1) || args.n <= 1) {
-    for (int64_t i = 0; i < args.n; ++i) args.by[args.ranks[i]] = args.ranks[i];
+    for (int64_t i = 0; kMatch && i < args.n; ++i) args.by[args.order[i]] = args.order[i];
+    args.kept = args.n;
     return;
   }
   using Kept = KeptBoxes<T, kMatch>;
-  Kept kept(args.n, Overlap<T>(threshold));
+  Kept others(args.n, Overlap<T>(threshold));
   const bool inert_boxes_matter = threshold < 0;
-  const int32_t* const order = args.order;
-  int32_t* const ranks = args.ranks;
-  int32_t* const by = args.by;
-  int64_t active = 0;  // with a match, ranks of the kept ones that can suppress come to the front
+  int32_t kept = 0;
   for (int64_t i = 0; i < args.n; ++i) {
     // The order by score is no order in memory.
     constexpr int64_t kAhead = 8;
-    if (i + kAhead < args.n) __builtin_prefetch(boxes.address(order[ranks[i + kAhead]]));
-    const int32_t rank = ranks[i];
-    const auto box = boxes[order[rank]];
-    if (!inert_boxes_matter && is_inert(box)) {
-      by[rank] = rank;
-      continue;
-    }
-    const int32_t first = kept.add_or_find(box);
-    if (first == Kept::kNone) {
-      by[rank] = rank;
-      if (kMatch) ranks[active++] = rank;
-    } else if (kMatch) {
-      by[rank] = ranks[first];
-    }
+    if (i + kAhead < args.n) __builtin_prefetch(boxes.address(args.order[i + kAhead]));
+    const int32_t index = args.order[i];
+    const auto box = boxes[index];
+    int32_t first = Kept::kNone;
+    if (inert_boxes_matter || !is_inert(box)) first = others.add_or_find(box, kept);
+    if (first == Kept::kNone) args.order[first = kept++] = index;
+    if (kMatch) args.by[index] = args.order[first];
   }
-  args.out_of_memory |= kept.out_of_memory();
+  args.kept = kept;
+  args.out_of_memory |= others.out_of_memory();
 }
 
 template <class T>
 FASTZOO_INLINE void suppress(SuppressArgs& args) {
-  if (args.match) {
+  if (args.by != nullptr) {
     suppress<T, true>(args);
   } else {
     suppress<T, false>(args);

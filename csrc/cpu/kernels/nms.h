@@ -6,17 +6,16 @@
 
 namespace fastzoo::cpu {
 
-// Greedy suppression within one segment. A box is named by its rank, its place by falling score.
+// Greedy suppression within one segment.
 struct SuppressArgs {
-  const void* boxes;     // [., 4] of the kernel's type; rotated: [., 5] of double
-  double threshold;      // an overlap above it suppresses
-  bool degrees;          // of rotated boxes
-  bool match;            // whether it is wanted which box suppresses one
-  const int32_t* order;  // by rank, the boxes
-  int32_t* ranks;        // [n] of the segment, rising; overwritten
-  int64_t n;
-  int32_t* by;         // out, by rank: of a kept one itself; with a match, of another the first
-                       // that suppresses it
+  const void* boxes;   // [., 4] of the kernel's type; rotated: [., 5] of double
+  double threshold;    // an overlap above it suppresses
+  bool degrees;        // of rotated boxes
+  int32_t* order;      // in: the segment's boxes by falling score; out: those kept, in front
+  int64_t n;           // how many
+  int64_t kept;        // out: how many
+  int32_t* by;         // out, of each box of the segment: the first that suppresses it, or itself;
+                       // nullptr where it is not wanted
   bool out_of_memory;  // set where memory ran out
 };
 

@@ -179,7 +179,7 @@ class KeptBoxes {
     // Few boxes are scanned in less time than it takes to find a cell.
     constexpr int64_t kFew = 8 * kLanes;
     before_grid_ = overlap_.suits_grid() && capacity > kFew ? kFew : capacity;
-    allocate(before_grid_ / kLanes + 1, before_grid_);
+    allocate(before_grid_ / kLanes + 1);
   }
   KeptBoxes(int64_t capacity, T threshold) : KeptBoxes(capacity, Overlap<T>(threshold)) {}
   ~KeptBoxes() {
@@ -193,11 +193,14 @@ class KeptBoxes {
   bool out_of_memory() const { return out_of_memory_; }
 
   // Keeps the box and says true, unless a box kept before suppresses it.
-  __attribute__((always_inline)) bool add(const Box& box) { return add_or_find(box) == kNone; }
+  __attribute__((always_inline)) bool add(const Box& box) {
+    return add_or_find(box, count_) == kNone;
+  }
 
-  // Keeps the box and returns kNone, unless a box kept before suppresses it: then, with kFirst, the
-  // number of the first that does, of 0, 1, 2, ... in the order in which they were kept.
-  __attribute__((always_inline)) int32_t add_or_find(const Box& box) {
+  // Keeps the box by this number, which is higher than those before and less than the capacity, and
+  // returns kNone; unless a box kept before suppresses it: then, with kFirst, the number of the
+  // first that does.
+  __attribute__((always_inline)) int32_t add_or_find(const Box& box, int32_t number) {
     const auto probe = Overlap<T>::probe(box);
     if (has_grid_) {
       const Place place = Overlap<T>::place_of(box);
@@ -206,14 +209,14 @@ class KeptBoxes {
         if (!kFirst && outside != kNone) return outside;
         const int32_t inside = search_grid(place, box, probe);
         const int32_t first = inside < outside ? inside : outside;
-        if (first == kNone) enter_in_grid(box, place, count_++);
+        if (first == kNone) enter_in_grid(box, place, number);
         return first;
       }
     }
     const int32_t first = search_all(box, probe);
     if (first != kNone) return first;
     if (count_ == before_grid_) build_grid();
-    if (!out_of_memory_) keep(box);
+    if (!out_of_memory_) keep(box, number);
     return kNone;
   }
 
@@ -244,8 +247,8 @@ class KeptBoxes {
     }
   };
 
-  // The numbers are upper bounds; pages that are never touched cost nothing.
-  void allocate(int64_t blocks, int64_t boxes) {
+  // Upper bounds; pages that are never touched cost nothing.
+  void allocate(int64_t blocks) {
     constexpr int64_t kAlignment = 64;
     const int64_t bytes = blocks * static_cast<int64_t>(sizeof(Block));
     store_ = Store();
@@ -258,7 +261,7 @@ class KeptBoxes {
       out_of_memory_ |= store_.numbers == nullptr;
     }
     if (!Overlap<T>::kExact) {
-      store_.boxes = static_cast<Box*>(std::malloc((boxes + 1) * sizeof(Box)));
+      store_.boxes = static_cast<Box*>(std::malloc((capacity_ + 1) * sizeof(Box)));
       out_of_memory_ |= store_.boxes == nullptr;
     }
   }
@@ -275,7 +278,7 @@ class KeptBoxes {
     const int64_t cells = int64_t{1} << bits;
     cells_ = static_cast<Cell*>(std::calloc(cells, sizeof(Cell)));
     Store few = store_;
-    allocate(4 * capacity_ / kLanes + cells + 1, capacity_);
+    allocate(4 * capacity_ / kLanes + cells + 1);
     out_of_memory_ |= cells_ == nullptr;
     has_grid_ = !out_of_memory_;
     if (has_grid_) {
@@ -285,23 +288,25 @@ class KeptBoxes {
       block_count_ = 0;
       outside_grid_ = {0, 0};
       for (int32_t i = 0; i < count; ++i) {
+        const int32_t number = kNumbered ? few.numbers[i] : i;
         if constexpr (Overlap<T>::kExact) {
-          keep(Overlap<T>::get(few.blocks[i / kLanes], i % kLanes));
+          keep(Overlap<T>::get(few.blocks[i / kLanes], i % kLanes), number);
         } else {
-          keep(few.boxes[i]);
+          keep(few.boxes[number], number);
         }
       }
     }
     few.release();
   }
 
-  __attribute__((always_inline)) void keep(const Box& box) {
+  __attribute__((always_inline)) void keep(const Box& box, int32_t number) {
     if (has_grid_) {
       const Place place = Overlap<T>::place_of(box);
-      if (place.in_grid) return enter_in_grid(box, place, count_++);
+      if (place.in_grid) return enter_in_grid(box, place, number);
     }
-    if (!Overlap<T>::kExact) store_.boxes[count_] = box;
-    enter(box, outside_grid_, count_++);
+    ++count_;
+    if (!Overlap<T>::kExact) store_.boxes[number] = box;
+    enter(box, outside_grid_, number);
   }
 
   // The lowest of these bits is the first lane that suppresses the box; 0 where none does.
@@ -376,6 +381,7 @@ class KeptBoxes {
 
   __attribute__((always_inline)) void enter_in_grid(const Box& box, const Place& place,
                                                     int32_t number) {
+    ++count_;
     if (place.level < lowest_level_) lowest_level_ = place.level;
     if (place.level > highest_level_) highest_level_ = place.level;
     if (!Overlap<T>::kExact) store_.boxes[number] = box;
