@@ -121,9 +121,9 @@ def _aspects_apart(a, b, iou, EPS: tl.constexpr):
 
 
 @triton.jit
-def _measure(a, b, MEASURE: tl.constexpr, EPS: tl.constexpr):
+def _measure(a, b, MEASURE: tl.constexpr, UNION_EPS: tl.constexpr, EPS: tl.constexpr):
     intersection, union = intersection_and_union(a, b)
-    iou = divide(intersection, union + EPS)
+    iou = divide(intersection, union + UNION_EPS)
     overlap = iou
     if MEASURE == "giou":
         width, height = _hull(a, b)
@@ -164,7 +164,7 @@ def _by_edges(
 
 
 @triton.jit
-def _gradient(grad, own, other, MEASURE: tl.constexpr, EPS: tl.constexpr):
+def _gradient(grad, own, other, MEASURE: tl.constexpr, UNION_EPS: tl.constexpr, EPS: tl.constexpr):
     """grad times the derivatives of the measure by the coordinates of the first box.
 
     The measures are symmetric: those by the second are got with the boxes changed about.
@@ -172,9 +172,9 @@ def _gradient(grad, own, other, MEASURE: tl.constexpr, EPS: tl.constexpr):
     width, height = _sides(own)
     shared_width, shared_height = _shared_sides(own, other)
     intersection, union = intersection_and_union(own, other)
-    iou = divide(intersection, union + EPS)
-    by_intersection = divide(grad, union + EPS)
-    by_union = -grad * divide(iou, union + EPS)
+    iou = divide(intersection, union + UNION_EPS)
+    by_intersection = divide(grad, union + UNION_EPS)
+    by_union = -grad * divide(iou, union + UNION_EPS)
     if MEASURE == "giou":
         hull_width, hull_height = _hull(own, other)
         hull = hull_width * hull_height + EPS
@@ -258,7 +258,7 @@ def _overlap_kernel(
     j = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     a = _down(_load_box(boxes1, i, i < n, dtype))
     b = _across(_load_box(boxes2, j, j < m, dtype))
-    overlap = _measure(a, b, MEASURE, EPS)
+    overlap = _measure(a, b, MEASURE, 0.0, EPS)
     inside = (i < n)[:, None] & (j < m)[None, :]
     tl.store(overlaps + i[:, None] * m + j[None, :], overlap, mask=inside)
 
@@ -277,7 +277,7 @@ def _pairs_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     a = _load_box(boxes1, i, i < n, dtype)
     b = _load_box(boxes2, i, i < n, dtype)
-    tl.store(overlaps + i, _measure(a, b, MEASURE, EPS), mask=i < n)
+    tl.store(overlaps + i, _measure(a, b, MEASURE, EPS, EPS), mask=i < n)
 
 
 @triton.jit(do_not_specialize=["n", "m"])
@@ -311,7 +311,8 @@ def _overlap_backward_kernel(
         other = _across(_load_box(others, j, j < m, dtype))
         inside = (i < n)[:, None] & (j < m)[None, :]
         at = grad + i[:, None] * stride_n + j[None, :] * stride_m
-        x1, y1, x2, y2 = _gradient(tl.load(at, mask=inside, other=0.0), own, other, MEASURE, EPS)
+        g = tl.load(at, mask=inside, other=0.0)
+        x1, y1, x2, y2 = _gradient(g, own, other, MEASURE, 0.0, EPS)
         sum_x1 += tl.where(inside, x1, 0.0)
         sum_y1 += tl.where(inside, y1, 0.0)
         sum_x2 += tl.where(inside, x2, 0.0)
@@ -343,8 +344,8 @@ def _pairs_backward_kernel(
     a = _load_box(boxes1, i, i < n, dtype)
     b = _load_box(boxes2, i, i < n, dtype)
     g = tl.load(grad + i * stride, mask=i < n, other=0.0)
-    _store_box(gradients1, i, i < n, _gradient(g, a, b, MEASURE, EPS))
-    _store_box(gradients2, i, i < n, _gradient(g, b, a, MEASURE, EPS))
+    _store_box(gradients1, i, i < n, _gradient(g, a, b, MEASURE, EPS, EPS))
+    _store_box(gradients2, i, i < n, _gradient(g, b, a, MEASURE, EPS, EPS))
 
 
 def box_overlap(

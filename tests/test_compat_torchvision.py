@@ -184,6 +184,17 @@ def test_pairwise_overlaps(kind: str) -> None:
     assert PAIRWISE[kind](images[:0], SECOND).shape == (0, 1, 12, 9)
 
 
+@pytest.mark.parametrize("kind", ["distance", "complete"])
+def test_eps_is_added_where_theirs_is(kind: str) -> None:
+    # Boxes of an image whose sides are 1: an eps in the union would be seen in the third digit.
+    first, second = (b.double() * 2**-14 for b in (FIRST, SECOND))
+    right = [[overlap(a, b, kind, 1e-7) for b in second.tolist()] for a in first.tolist()]
+    found = PAIRWISE[kind](first, second)
+    torch.testing.assert_close(found, torch.tensor(right).double(), rtol=0, atol=1e-6)
+    wrong = [[overlap(a, b, kind, 1e-7, 1e-7) for b in second.tolist()] for a in first.tolist()]
+    assert (found - torch.tensor(wrong)).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_losses(kind: str) -> None:
     first, second = FIRST[:9].clone().requires_grad_(), SECOND

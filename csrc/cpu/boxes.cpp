@@ -21,10 +21,12 @@ struct Inputs {
   Tensor boxes1, boxes2;
   OverlapArgs args{};
 
-  Inputs(const Tensor& boxes1_in, const Tensor& boxes2_in, const std::string& measure, double eps)
+  Inputs(const Tensor& boxes1_in, const Tensor& boxes2_in, const std::string& measure,
+         bool pairwise, double eps)
       : boxes1(torch::stable::contiguous(boxes1_in)), boxes2(torch::stable::contiguous(boxes2_in)) {
     args.dtype = kernel_dtype(boxes1.scalar_type(), "box_overlap");
     args.measure = parse_measure(measure);
+    args.union_eps = pairwise ? 0 : eps;
     args.eps = eps;
     args.tiles = {boxes1.size(0), boxes2.size(0)};
     args.boxes1 = boxes1.const_data_ptr();
@@ -40,7 +42,7 @@ Tensor empty_overlap(const Tensor& boxes1, const Tensor& boxes2, bool pairwise) 
 
 Tensor box_overlap(const Tensor& boxes1, const Tensor& boxes2, std::string measure, bool pairwise,
                    double eps) {
-  Inputs in(boxes1, boxes2, measure, eps);
+  Inputs in(boxes1, boxes2, measure, pairwise, eps);
   const Tensor overlap = empty_overlap(boxes1, boxes2, pairwise);
   in.args.overlap = overlap.mutable_data_ptr();
   if (pairwise) {
@@ -58,7 +60,7 @@ Tensor box_overlap(const Tensor& boxes1, const Tensor& boxes2, std::string measu
 std::tuple<Tensor, Tensor> box_overlap_backward(const Tensor& grad, const Tensor& boxes1,
                                                 const Tensor& boxes2, std::string measure,
                                                 bool pairwise, double eps) {
-  Inputs in(boxes1, boxes2, measure, eps);
+  Inputs in(boxes1, boxes2, measure, pairwise, eps);
   OverlapArgs& args = in.args;
   const ScalarType dtype = boxes1.scalar_type();
   STD_TORCH_CHECK(grad.scalar_type() == compute_dtype(dtype),

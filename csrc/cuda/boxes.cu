@@ -91,7 +91,7 @@ struct RowBoxes {
 
 template <Measure kMeasure, class T, class C>
 __global__ void __launch_bounds__(kThreads)
-    overlap_each(Boxes<T> boxes1, Boxes<T> boxes2, C eps, C* overlap) {
+    overlap_each(Boxes<T> boxes1, Boxes<T> boxes2, math::Epsilon<C> eps, C* overlap) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= boxes1.count) return;
   overlap[i] = math::box_overlap<kMeasure>(boxes1.template get<kMeasure>(i),
@@ -109,8 +109,8 @@ FASTZOO_DEVICE void store_gradient(T* to, const C (&gradient)[4]) {
 
 template <Measure kMeasure, class T, class C>
 __global__ void __launch_bounds__(kThreads, 1)
-    overlap_each_backward(const C* grad, Boxes<T> boxes1, Boxes<T> boxes2, C eps, T* grad1,
-                          T* grad2) {
+    overlap_each_backward(const C* grad, Boxes<T> boxes1, Boxes<T> boxes2, math::Epsilon<C> eps,
+                          T* grad1, T* grad2) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= boxes1.count) return;
   const auto result = math::box_overlap_gradients<kMeasure>(
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <Measure kMeasure, class T, class C>
 __global__ void __launch_bounds__(kThreads)
-    overlap_pairs(Boxes<T> boxes1, Boxes<T> boxes2, C eps, C* overlap) {
+    overlap_pairs(Boxes<T> boxes1, Boxes<T> boxes2, math::Epsilon<C> eps, C* overlap) {
   __shared__ RowBoxes<C> row_boxes;
   const int thread = threadIdx.x;
   const TilePlace place = tile_place(boxes2.count);
@@ -156,8 +156,8 @@ FASTZOO_DEVICE C warp_sums(const C (&values)[4], int lane) {
 // sums1: [tiles across, n, 4], sums2: [tiles down, m, 4], of one tile each.
 template <Measure kMeasure, class T, class C>
 __global__ void __launch_bounds__(kThreads)
-    overlap_pairs_backward(const C* grad, Boxes<T> boxes1, Boxes<T> boxes2, C eps, C* sums1,
-                           C* sums2) {
+    overlap_pairs_backward(const C* grad, Boxes<T> boxes1, Boxes<T> boxes2, math::Epsilon<C> eps,
+                           C* sums1, C* sums2) {
   __shared__ RowBoxes<C> row_boxes;
   __shared__ SharedArray<C, kWarps * kTileRows * 4> row_sums;
   const int thread = threadIdx.x;
@@ -287,6 +287,11 @@ Tensor empty_overlap(const Tensor& boxes1, const Tensor& boxes2, bool pairwise) 
                   : empty(boxes1, {boxes1.size(0)}, dtype);
 }
 
+template <class C>
+math::Epsilon<C> epsilon_of(bool pairwise, double eps) {
+  return {static_cast<C>(pairwise ? 0 : eps), static_cast<C>(eps)};
+}
+
 Tensor box_overlap(const Tensor& boxes1, const Tensor& boxes2, std::string measure, bool pairwise,
                    double eps) {
   const Tensor overlap = empty_overlap(boxes1, boxes2, pairwise);
@@ -302,10 +307,10 @@ Tensor box_overlap(const Tensor& boxes1, const Tensor& boxes2, std::string measu
     C* const out = static_cast<C*>(overlap.mutable_data_ptr());
     if (pairwise) {
       stream.launch("overlap_pairs", overlap_pairs<kMeasure, T, C>, tiles_for(n, m), kThreads,
-                    boxes_of<T>(first), boxes_of<T>(second), static_cast<C>(eps), out);
+                    boxes_of<T>(first), boxes_of<T>(second), epsilon_of<C>(pairwise, eps), out);
     } else {
       stream.launch("overlap_each", overlap_each<kMeasure, T, C>, blocks_for(n, kThreads), kThreads,
-                    boxes_of<T>(first), boxes_of<T>(second), static_cast<C>(eps), out);
+                    boxes_of<T>(first), boxes_of<T>(second), epsilon_of<C>(pairwise, eps), out);
     }
   });
   return overlap;
@@ -342,7 +347,7 @@ std::tuple<Tensor, Tensor> box_overlap_backward(const Tensor& grad, const Tensor
       if (n == 0) return;
       stream.launch(
           "overlap_each_backward", overlap_each_backward<kMeasure, T, C>, blocks_for(n, kThreads),
-          kThreads, values, boxes_of<T>(first), boxes_of<T>(second), static_cast<C>(eps),
+          kThreads, values, boxes_of<T>(first), boxes_of<T>(second), epsilon_of<C>(pairwise, eps),
           static_cast<T*>(grad1.mutable_data_ptr()), static_cast<T*>(grad2.mutable_data_ptr()));
       return;
     }
@@ -352,7 +357,7 @@ std::tuple<Tensor, Tensor> box_overlap_backward(const Tensor& grad, const Tensor
     if (n > 0 && m > 0) {
       stream.launch("overlap_pairs_backward", overlap_pairs_backward<kMeasure, T, C>,
                     tiles_for(n, m), kThreads, values, boxes_of<T>(first), boxes_of<T>(second),
-                    static_cast<C>(eps), static_cast<C*>(sums1.mutable_data_ptr()),
+                    epsilon_of<C>(pairwise, eps), static_cast<C*>(sums1.mutable_data_ptr()),
                     static_cast<C*>(sums2.mutable_data_ptr()));
     }
     launch_sums<T, C>(stream, sums1, across, grad1);

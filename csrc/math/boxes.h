@@ -61,6 +61,12 @@ FASTZOO_HD MeasuredBox<V> measured_box(V x1, V y1, V x2, V y2) {
   return box;
 }
 
+// What is added to denominators: to the union, and to all others.
+template <class V>
+struct Epsilon {
+  V of_union, elsewhere;
+};
+
 // A measure, and the terms of it that its gradient needs; those of other measures are not set.
 template <class V>
 struct BoxOverlap {
@@ -79,11 +85,12 @@ struct BoxOverlap {
 constexpr double kAspectScale = 4 / (3.14159265358979323846 * 3.14159265358979323846);
 
 template <Measure kMeasure, class V>
-FASTZOO_HD BoxOverlap<V> box_overlap(const MeasuredBox<V>& a, const MeasuredBox<V>& b, V eps) {
+FASTZOO_HD BoxOverlap<V> box_overlap(const MeasuredBox<V>& a, const MeasuredBox<V>& b,
+                                     const Epsilon<V>& eps) {
   BoxOverlap<V> o;
   const V inter = box_intersection(a, b);
   const V whole = box_union(a, b, inter);
-  o.union_area = whole + eps;
+  o.union_area = whole + eps.of_union;
   o.iou = inter / o.union_area;
   o.value = o.iou;
   if (kMeasure == Measure::iou) return o;
@@ -92,13 +99,13 @@ FASTZOO_HD BoxOverlap<V> box_overlap(const MeasuredBox<V>& a, const MeasuredBox<
   o.hull_height = maximum(a.y2, b.y2) - minimum(a.y1, b.y1);
   if (kMeasure == Measure::giou) {
     const V hull = o.hull_width * o.hull_height;
-    o.hull = hull + eps;
+    o.hull = hull + eps.elsewhere;
     o.value = o.iou - (hull - whole) / o.hull;
     return o;
   }
 
   const V half = V(0.5);
-  o.hull = o.hull_width * o.hull_width + o.hull_height * o.hull_height + eps;
+  o.hull = o.hull_width * o.hull_width + o.hull_height * o.hull_height + eps.elsewhere;
   o.dx = (a.x1 + a.x2) * half - (b.x1 + b.x2) * half;
   o.dy = (a.y1 + a.y2) * half - (b.y1 + b.y2) * half;
   o.distance = (o.dx * o.dx + o.dy * o.dy) / o.hull;
@@ -107,7 +114,7 @@ FASTZOO_HD BoxOverlap<V> box_overlap(const MeasuredBox<V>& a, const MeasuredBox<
 
   o.turn = b.aspect - a.aspect;
   const V v = V(kAspectScale) * (o.turn * o.turn);
-  o.alpha = v / (V(1) - o.iou + v + eps);
+  o.alpha = v / (V(1) - o.iou + v + eps.elsewhere);
   o.value = o.value - o.alpha * v;
   return o;
 }
@@ -142,7 +149,7 @@ struct BoxGradients {
 // The gradients of both boxes, `grad` being that of the measure.
 template <Measure kMeasure, class V>
 FASTZOO_HD BoxGradients<V> box_overlap_gradients(const MeasuredBox<V>& a, const MeasuredBox<V>& b,
-                                                 V eps, V grad) {
+                                                 const Epsilon<V>& eps, V grad) {
   const V zero = V(0);
   const BoxOverlap<V> o = box_overlap<kMeasure>(a, b, eps);
   const V over_union = grad / o.union_area;
@@ -152,7 +159,8 @@ FASTZOO_HD BoxGradients<V> box_overlap_gradients(const MeasuredBox<V>& a, const 
   if (kMeasure == Measure::giou) {
     const V over_hull = grad / o.hull;
     by_union = by_union + over_hull;
-    const V shrinking = zero - over_hull * (o.union_area / o.hull);
+    const V whole = box_union(a, b, box_intersection(a, b));
+    const V shrinking = zero - over_hull * ((whole + eps.elsewhere) / o.hull);
     by_hull_width = shrinking * o.hull_height;
     by_hull_height = shrinking * o.hull_width;
   } else if (kMeasure != Measure::iou) {

@@ -73,18 +73,12 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
 
 def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
-    """``torchvision.ops.distance_box_iou``: see :func:`fastzoo.ops.distance_box_iou`.
-
-    ``eps`` is added to the union too, where theirs adds it to the diagonal alone.
-    """
+    """``torchvision.ops.distance_box_iou``: see :func:`fastzoo.ops.distance_box_iou`."""
     return _image_by_image(lambda a, b: ops.distance_box_iou(a, b, eps), boxes1, boxes2)
 
 
 def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
-    """``torchvision.ops.complete_box_iou``: see :func:`fastzoo.ops.complete_box_iou`.
-
-    ``eps`` is added to the union too, where theirs does not.
-    """
+    """``torchvision.ops.complete_box_iou``: see :func:`fastzoo.ops.complete_box_iou`."""
     return _image_by_image(lambda a, b: ops.complete_box_iou(a, b, eps), boxes1, boxes2)
 
 

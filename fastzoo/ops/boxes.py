@@ -166,7 +166,7 @@ def distance_box_iou(
     box around both.
 
     Arguments, result, gradient and errors are those of :func:`box_iou`; ``eps`` is added to the
-    denominators.
+    denominators but the union, as torchvision has it.
 
     Source: Zheng et al., Distance-IoU Loss (2020), equation 7.
     """
@@ -179,7 +179,7 @@ def complete_box_iou(
     """``iou - d^2 / c^2 - alpha v`` of each with each: see :func:`complete_box_iou_loss`.
 
     Arguments, result, gradient and errors are those of :func:`box_iou`; ``eps`` is added to the
-    denominators.
+    denominators but the union, as torchvision has it.
 
     Source: Zheng et al., Distance-IoU Loss (2020), equations 8 to 11.
     """

@@ -42,14 +42,15 @@ def box_intersection(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 def box_overlap(boxes1: Tensor, boxes2: Tensor, measure: str, pairwise: bool, eps: float) -> Tensor:
     """``[N, M]`` if ``pairwise``, else ``[N]``: one of :data:`MEASURES` of two sets of boxes.
 
-    With ``eps`` in the denominators, as torchvision's losses have it; see the public functions.
+    ``eps`` is added to the denominators, to the union however only in the losses, which are not
+    pairwise: so torchvision has it.
     """
     boxes1, boxes2 = (b.to(compute_dtype(b)) for b in (boxes1, boxes2))
     if pairwise:
         boxes1, boxes2 = boxes1[:, None], boxes2[None]
     intersection = box_intersection(boxes1, boxes2)
     union = box_area(boxes1) + box_area(boxes2) - intersection
-    iou = intersection / (union + eps)
+    iou = intersection / (union if pairwise else union + eps)
     if measure == "iou":
         return iou
     width, height = _hull(boxes1, boxes2)
@@ -98,10 +99,11 @@ def box_overlap_backward(
         boxes1, boxes2 = boxes1[:, None], boxes2[None]
     intersection = box_intersection(boxes1, boxes2)
     union = box_area(boxes1) + box_area(boxes2) - intersection
-    iou = intersection / (union + eps)
+    padded = union if pairwise else union + eps
+    iou = intersection / padded
     # What the measure changes by with the union, the hull's sides, the centres' distance along x
     # and y, and the difference of the aspects.
-    by_union = -grad * iou / (union + eps)
+    by_union = -grad * iou / padded
     by_hull = by_centre = by_aspect = None
     if measure == "giou":
         width, height = _hull(boxes1, boxes2)
@@ -121,7 +123,7 @@ def box_overlap_backward(
         v = 4 / math.pi**2 * (difference * difference)
         alpha = (v / (1 - iou + v + eps)).detach()
         by_aspect = -8 / math.pi**2 * grad * alpha * difference
-    by_intersection = grad / (union + eps) - by_union
+    by_intersection = grad / padded - by_union
 
     def of(own: Tensor, other: Tensor, sign: int) -> Tensor:
         """The gradient of one side of the pair; differences are other minus own for sign -1."""

@@ -138,8 +138,8 @@ def _samples(dtype: torch.dtype) -> Iterator[Sample]:
     falling = torch.linspace(1, 0.6, 130)[:, None]
     # A limit within and at the edge of the blocks that a kernel works in.
     for most in (63, 64, 65, 127, 128, 129):
-        given = apart.expand(2, -1, -1), falling.expand(2, -1, -1)
-        yield sample(f"full-at-{most}", *given, max_detections=most)
+        two = apart.expand(2, -1, -1), falling.expand(2, -1, -1)
+        yield sample(f"full-at-{most}", *two, max_detections=most)
     special = scores.clone().flatten()
     special[::7], special[1::7], special[2::7] = float("nan"), float("inf"), -float("inf")
     special[3::7], special[4::7] = 0.0, -0.0

@@ -109,10 +109,16 @@ FASTZOO_INLINE void for_runs(int64_t begin, int64_t end, const Body& body) {
   }
 }
 
+template <class V>
+FASTZOO_INLINE math::Epsilon<V> epsilon_of(const OverlapArgs& args) {
+  using T = decltype(V()[0]);
+  return {V(static_cast<T>(args.union_eps)), V(static_cast<T>(args.eps))};
+}
+
 template <Measure kMeasure, class T>
 void each(const OverlapArgs& args, int64_t first, int64_t count) {
   using V = Vec<T>;
-  const V eps(static_cast<T>(args.eps));
+  const math::Epsilon<V> eps = epsilon_of<V>(args);
   Columns<T, 4, kRun> a, b;
   unpack(args.dtype, args.boxes1, first, count, a);
   unpack(args.dtype, args.boxes2, first, count, b);
@@ -127,7 +133,7 @@ void each(const OverlapArgs& args, int64_t first, int64_t count) {
 template <Measure kMeasure, class T>
 void each_backward(const OverlapArgs& args, int64_t first, int64_t count) {
   using V = Vec<T>;
-  const V eps(static_cast<T>(args.eps));
+  const math::Epsilon<V> eps = epsilon_of<V>(args);
   Columns<T, 4, kRun> a, b;
   unpack(args.dtype, args.boxes1, first, count, a);
   unpack(args.dtype, args.boxes2, first, count, b);
@@ -190,7 +196,7 @@ FASTZOO_INLINE void unpack(const OverlapArgs& args, const Tile& tile,
 template <Measure kMeasure, class T>
 void pairs(const OverlapArgs& args, const Tile& tile) {
   using V = Vec<T>;
-  const V eps(static_cast<T>(args.eps));
+  const math::Epsilon<V> eps = epsilon_of<V>(args);
   TileBoxes<kMeasure, T> boxes;
   unpack(args, tile, boxes);
   for (int64_t i = 0; i < tile.rows; ++i) {
@@ -208,7 +214,7 @@ template <Measure kMeasure, class T>
 void pairs_backward(const OverlapArgs& args, const Tile& tile) {
   using V = Vec<T>;
   const V zero(T(0));
-  const V eps(static_cast<T>(args.eps));
+  const math::Epsilon<V> eps = epsilon_of<V>(args);
   TileBoxes<kMeasure, T> boxes;
   unpack(args, tile, boxes);
   T* const row_sums =

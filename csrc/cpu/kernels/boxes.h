@@ -28,7 +28,8 @@ struct PairTiles {
 struct OverlapArgs {
   Dtype dtype;
   math::Measure measure;
-  double eps;
+  double union_eps;  // added to the union
+  double eps;        // to the other denominators
   PairTiles tiles;
   const void* boxes1;  // [n, 4]
   const void* boxes2;  // [m, 4]
