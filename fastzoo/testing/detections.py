@@ -224,11 +224,11 @@ def _yolo(device: str, images: int, n: int, classes: int) -> tuple[Tensor, Tenso
     return detector_output(images, n, classes, device=device)
 
 
-def _yolo_case(name: str, threshold: float, **kwargs: Any) -> BenchmarkCase:
+def _yolo_case(name: str, images: int, threshold: float, **kwargs: Any) -> BenchmarkCase:
     # The least: every score read, the boxes of candidates, the result written.
     return BenchmarkCase(
         name=name,
-        shape={"images": 8, "n": 8400, "classes": 80},
+        shape={"images": images, "n": 8400, "classes": 80},
         make=_yolo,
         kwargs={
             "score_threshold": threshold,
@@ -253,8 +253,8 @@ MULTICLASS_NMS = OpSpec(
     dispatch_args=_operator_arguments,
     fixed_shape=True,
     benchmarks=(
-        _yolo_case("8 x 8 400 x 80, scores > 0.25", 0.25),
-        _yolo_case("8 x 8 400 x 80, scores > 0.01", 0.01, pre_top_k=30_000),
+        _yolo_case("8 x 8 400 x 80, scores > 0.25", 8, 0.25),
+        _yolo_case("1 x 8 400 x 80, scores > 0.01", 1, 0.01, pre_top_k=30_000),
     ),
 )
 
