@@ -101,7 +101,7 @@ def test_selftest_fails_when_an_answer_is_wrong(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sort"], "unknown operator 'sort', expected one of nms, vq_nearest"),
+        (["sort"], "unknown operator 'sort', expected one of nms, batched_nms"),
         (["nms", "--shape", "n"], "fastzoo selftest: "),
         (["nms", "--shape", "n=many"], "'n=many'"),
         (["nms", "--shape", "rows=4"], "no case takes the sizes ['rows']"),

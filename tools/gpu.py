@@ -53,7 +53,20 @@ NEEDED = {
 }
 
 # The operators with benchmark cases, a step each.
-MEASURED = ("nms", "vq_nearest", "margin_softmax_loss", "clip_loss")
+MEASURED = (
+    "nms",
+    "batched_nms",
+    "multiclass_nms",
+    "nms_rotated",
+    "soft_nms",
+    "matrix_nms",
+    "peak_nms",
+    "box_iou",
+    "complete_box_iou_loss",
+    "vq_nearest",
+    "margin_softmax_loss",
+    "clip_loss",
+)
 
 SHOW_INFO = """
 import sys, fastzoo
@@ -74,6 +87,14 @@ leaves = x.clone().requires_grad_(), codebook.clone().requires_grad_()
 for backend in sys.argv[1:]:
     kept = fastzoo.ops.nms(boxes, scores, 0.5, backend=backend)
     assert torch.equal(kept.cpu(), fastzoo.reference.nms(boxes.cpu(), scores.cpu(), 0.5))
+    ids, given = torch.arange(700, device="cuda") % 3, {"score_threshold": 0.2, "iou_threshold": 0.5}
+    fastzoo.ops.batched_nms(boxes, scores, ids, 0.5, backend=backend)
+    fastzoo.ops.multiclass_nms(boxes[None], scores[None, :, None], **given, backend=backend)
+    fastzoo.ops.complete_box_iou(boxes, boxes[:100], backend=backend)
+    if backend == "cuda":
+        fastzoo.ops.nms_match(boxes, scores, 0.5, backend=backend)
+        fastzoo.ops.soft_nms(boxes, scores, max_detections=50, backend=backend)
+        fastzoo.ops.matrix_nms(boxes, scores, backend=backend)
     found = fastzoo.ops.vq_nearest(x, codebook, backend=backend)
     assert torch.equal(found.cpu(), fastzoo.reference.vq_nearest(x.cpu(), codebook.cpu()))
     for loss, right in (
