@@ -87,7 +87,8 @@ leaves = x.clone().requires_grad_(), codebook.clone().requires_grad_()
 for backend in sys.argv[1:]:
     kept = fastzoo.ops.nms(boxes, scores, 0.5, backend=backend)
     assert torch.equal(kept.cpu(), fastzoo.reference.nms(boxes.cpu(), scores.cpu(), 0.5))
-    ids, given = torch.arange(700, device="cuda") % 3, {"score_threshold": 0.2, "iou_threshold": 0.5}
+    ids = torch.arange(700, device="cuda") % 3
+    given = {"score_threshold": 0.2, "iou_threshold": 0.5}
     fastzoo.ops.batched_nms(boxes, scores, ids, 0.5, backend=backend)
     fastzoo.ops.multiclass_nms(boxes[None], scores[None, :, None], **given, backend=backend)
     fastzoo.ops.complete_box_iou(boxes, boxes[:100], backend=backend)
