@@ -286,7 +286,7 @@ def box_iou_rotated(
 
     It is computed in float64 by a clip that has no list of corners to get out of order: identical
     boxes give exactly 1, the result is symmetric to the last bit and within [0, 1], slivers and
-    boxes that touch included. It lies within ``2^-50 D^2 / A`` of the true value, ``D`` the larger
+    boxes that touch included. It lies within ``2^-46 D^2 / A`` of the true value, ``D`` the larger
     diagonal and ``A`` the smaller area, before it is rounded. A box whose width or height is not
     positive has intersection 0 with every box; a number that is not finite gives NaN.
 

@@ -79,13 +79,12 @@ def test_rotated_overlap_is_that_of_polygons(backend: str, name: str) -> None:
     # shapely itself gives 0 for one of the boxes whose sides were exchanged.
     whole = name in ("identical", "half a turn", "sides exchanged")
     exact = torch.ones_like(found) if whole else polygon_iou(first, second)
-    # Corners are good to a few 2^-52 of their distance from the centre, and an area to that times
-    # the perimeter: relative to the smaller area, 2^-46 D^2 / A. shapely adds coordinates of up to
-    # 200 to that.
+    # Corners are good to a few 2^-52 of the diagonal D, and an area to that times the perimeter:
+    # relative to the smaller area A a few 2^-50 D^2 / A, and shapely's likewise.
     a, b = (boxes.double().cpu() for boxes in (first, second))
-    diagonal = torch.maximum(a[:, 2:4].norm(dim=1), b[:, 2:4].norm(dim=1)) + 10
-    bound = 2.0**-46 * diagonal * 200 / torch.minimum(a[:, 2] * a[:, 3], b[:, 2] * b[:, 3])
-    assert ((found - exact).abs() <= bound + 1e-14).all()
+    diagonal = torch.maximum(a[:, 2:4].norm(dim=1), b[:, 2:4].norm(dim=1))
+    bound = 2.0**-46 * diagonal**2 / torch.minimum(a[:, 2] * a[:, 3], b[:, 2] * b[:, 3])
+    assert ((found - exact).abs() <= bound).all()
     assert ((found >= 0) & (found <= 1)).all()
     mirrored = ops.box_iou_rotated(second, first, pairwise=False, backend=backend).cpu()
     assert torch.equal(found, mirrored)
