@@ -61,9 +61,7 @@ def box_overlap(boxes1: Tensor, boxes2: Tensor, measure: str, pairwise: bool, ep
     diou = iou - (dx * dx + dy * dy) / (width * width + height * height + eps)
     if measure == "diou":
         return diou
-    difference = _aspect(boxes2) - _aspect(boxes1)
-    v = 4 / math.pi**2 * (difference * difference)
-    alpha = (v / (1 - iou + v + eps)).detach()
+    _, v, alpha = _aspects_apart(boxes1, boxes2, iou, eps)
     return diou - alpha * v
 
 
@@ -84,6 +82,16 @@ def _between_centres(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
 def _aspect(boxes: Tensor) -> Tensor:
     width, height = (boxes[..., 2:] - boxes[..., :2]).unbind(-1)
     return torch.atan(width / height)
+
+
+def _aspects_apart(
+    boxes1: Tensor, boxes2: Tensor, iou: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The difference of the aspects, its square brought into [0, 1], and the weight of that, which
+    is held constant."""
+    difference = _aspect(boxes2) - _aspect(boxes1)
+    v = 4 / math.pi**2 * (difference * difference)
+    return difference, v, (v / (1 - iou + v + eps)).detach()
 
 
 def box_overlap_backward(
@@ -119,9 +127,7 @@ def box_overlap_backward(
         by_hull = growing * width, growing * height
         by_centre = -2 * grad * dx / diagonal, -2 * grad * dy / diagonal
     if measure == "ciou":
-        difference = _aspect(boxes2) - _aspect(boxes1)
-        v = 4 / math.pi**2 * (difference * difference)
-        alpha = (v / (1 - iou + v + eps)).detach()
+        difference, _, alpha = _aspects_apart(boxes1, boxes2, iou, eps)
         by_aspect = -8 / math.pi**2 * grad * alpha * difference
     by_intersection = grad / padded - by_union
 
