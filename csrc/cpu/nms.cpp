@@ -9,79 +9,34 @@
 #include <vector>
 
 #include "../torch_abi.h"
-#include "runtime/falling_order.h"
+#include "runtime/segments.h"
 
 namespace fastzoo::cpu {
 namespace {
-
-// The boxes of each segment in turn, by falling score within it, and where each segment ends.
-struct Segments {
-  std::vector<int32_t> boxes;
-  std::vector<int64_t> ends;
-};
-
-template <class Key>
-void sort_by_segment(const int64_t* ids, int64_t least, Segments& segments) {
-  const int64_t n = static_cast<int64_t>(segments.boxes.size());
-  std::vector<Entry<Key>> entries(n);
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t box = segments.boxes[i];
-    const uint64_t key = static_cast<uint64_t>(ids[box]) - static_cast<uint64_t>(least);
-    entries[i] = {static_cast<Key>(key), box};
-  }
-  radix_sort(entries);
-  for (int64_t i = 0; i < n; ++i) {
-    if (i > 0 && entries[i].key != entries[i - 1].key) segments.ends.push_back(i);
-    segments.boxes[i] = entries[i].index;
-  }
-  segments.ends.push_back(n);
-}
-
-// Boxes of different ids are of different segments; without ids there is one.
-Segments segments_of(std::vector<int32_t> order, const int64_t* ids) {
-  Segments segments{std::move(order), {}};
-  const int64_t n = static_cast<int64_t>(segments.boxes.size());
-  if (ids != nullptr && n > 0) {
-    const auto [least, most] = std::minmax_element(ids, ids + n);
-    const uint64_t range = static_cast<uint64_t>(*most) - static_cast<uint64_t>(*least);
-    if (range > 0) {
-      if (range >> 32 == 0) {
-        sort_by_segment<uint32_t>(ids, *least, segments);
-      } else {
-        sort_by_segment<uint64_t>(ids, *least, segments);
-      }
-      return segments;
-    }
-  }
-  segments.ends.push_back(n);
-  return segments;
-}
 
 // Leaves each segment's kept boxes in front of it, and returns how many they are. Segments are
 // shared out among threads by the place of their first box: each part has about as many boxes.
 std::vector<int64_t> run(void (*kernel)(SuppressArgs&), const SuppressArgs& given,
                          Segments& segments) {
-  const int64_t n = static_cast<int64_t>(segments.boxes.size());
-  const int64_t count = static_cast<int64_t>(segments.ends.size());
+  const int64_t n = segments.size();
+  const int64_t count = segments.count();
   std::vector<int64_t> kept(count);
+  if (count == 0) return kept;
   constexpr int64_t kWorthAThread = 16384;
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t parts = std::min({threads, count, 1 + n / kWorthAThread});
-  const auto begin_of = [&](int64_t segment) {
-    return segment == 0 ? 0 : segments.ends[segment - 1];
-  };
   // The first segment that begins at this place or behind it.
   const auto first_from = [&](int64_t place) {
-    const auto end = std::lower_bound(segments.ends.begin(), segments.ends.end(), place);
-    return place == 0 ? 0 : std::min<int64_t>(end - segments.ends.begin() + 1, count);
+    const auto begins = segments.begins.begin();
+    return std::lower_bound(begins, begins + count, place) - begins;
   };
   std::vector<char> out_of_memory(parts);
   const auto run_part = [&](int64_t part) {
     SuppressArgs args = given;
     const int64_t last = part + 1 == parts ? count : first_from(n * (part + 1) / parts);
     for (int64_t segment = first_from(n * part / parts); segment < last; ++segment) {
-      args.order = segments.boxes.data() + begin_of(segment);
-      args.n = segments.ends[segment] - begin_of(segment);
+      args.order = segments.boxes.data() + segments.begins[segment];
+      args.n = segments.begins[segment + 1] - segments.begins[segment];
       kernel(args);
       kept[segment] = args.kept;
     }
@@ -105,8 +60,8 @@ void merge(const Segments& segments, const std::vector<int64_t>& kept,
            std::vector<int32_t>& order) {
   std::vector<char> is_kept(order.size());
   for (size_t segment = 0; segment < kept.size(); ++segment) {
-    const int64_t begin = segment == 0 ? 0 : segments.ends[segment - 1];
-    for (int64_t i = 0; i < kept[segment]; ++i) is_kept[segments.boxes[begin + i]] = 1;
+    const int32_t* const own = segments.boxes.data() + segments.begins[segment];
+    for (int64_t i = 0; i < kept[segment]; ++i) is_kept[own[i]] = 1;
   }
   int64_t count = 0;
   for (const int32_t box : order) {
@@ -180,7 +135,7 @@ std::vector<int32_t> run_suppression(const Tensor& boxes, const Tensor& scores, 
     }
     if (one) {
       order = std::move(segments.boxes);
-      order.resize(kept[0]);
+      order.resize(kept.empty() ? 0 : kept[0]);
     } else {
       merge(segments, kept, order);
     }

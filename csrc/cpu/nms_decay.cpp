@@ -8,7 +8,7 @@
 
 #include "../torch_abi.h"
 #include "kernels/nms_decay.h"
-#include "runtime/falling_order.h"
+#include "runtime/segments.h"
 
 namespace fastzoo::cpu {
 namespace {
@@ -24,10 +24,9 @@ auto decay_kernel(float) { return FASTZOO_SELECT_KERNEL(matrix_nms_decay_float);
 auto decay_kernel(double) { return FASTZOO_SELECT_KERNEL(matrix_nms_decay_double); }
 
 math::Decay decay_of(const std::string& method, const char* op) {
-  if (method == "linear") return math::Decay::linear;
-  if (method == "gaussian") return math::Decay::gaussian;
-  STD_TORCH_CHECK(method == "hard", op, ": unknown method ", method);
-  return math::Decay::hard;
+  math::Decay decay;
+  STD_TORCH_CHECK(math::decay_named(method.c_str(), decay), op, ": unknown method ", method);
+  return decay;
 }
 
 // Four columns for n boxes, each at a multiple of a vector's size.
@@ -42,30 +41,6 @@ BoxColumns<T> columns_in(const Tensor& memory, int64_t begin = 0) {
   const int64_t room = memory.size(1);
   return {first, first + room, first + 2 * room, first + 3 * room};
 }
-
-// The boxes that take part, those of a segment together and in the order given.
-struct Segments {
-  std::vector<int32_t> boxes;
-  std::vector<int64_t> begins;  // of each segment, and the end of the last
-
-  Segments(std::vector<int32_t> given, const Tensor& idxs) : boxes(std::move(given)) {
-    const int64_t n = static_cast<int64_t>(boxes.size());
-    if (n > 0) begins.push_back(0);
-    if (idxs.size(0) > 0) {
-      const Tensor dense = torch::stable::contiguous(idxs);
-      const int64_t* const ids = static_cast<const int64_t*>(dense.const_data_ptr());
-      std::stable_sort(boxes.begin(), boxes.end(),
-                       [&](int32_t a, int32_t b) { return ids[a] < ids[b]; });
-      for (int64_t i = 1; i < n; ++i) {
-        if (ids[boxes[i]] != ids[boxes[i - 1]]) begins.push_back(i);
-      }
-    }
-    begins.push_back(n);
-  }
-
-  int64_t size() const { return begins.back(); }
-  int64_t count() const { return static_cast<int64_t>(begins.size()) - 1; }
-};
 
 // Runs a kernel over all rows. Later rows have more boxes before them: each piece of work is a
 // tile and the one as far from the other end.
@@ -151,7 +126,10 @@ Segments candidates(const Element* scores, const Tensor& idxs, int64_t n, double
   const auto end = std::partition_point(
       order.begin(), order.end(), [&](int32_t i) { return static_cast<T>(scores[i]) > least; });
   order.erase(end, order.end());
-  return Segments(std::move(order), idxs);
+  const Tensor ids = torch::stable::contiguous(idxs);
+  return segments_of(std::move(order), idxs.size(0) == 0
+                                           ? nullptr
+                                           : static_cast<const int64_t*>(ids.const_data_ptr()));
 }
 
 // Segments do not meet, so each is a sequence of its own. Scores fall along it, and of equal ones

@@ -296,10 +296,10 @@ __global__ void __launch_bounds__(kEachThreads)
 }
 
 Decay decay_of(const std::string& method, const char* op) {
-  if (method == "linear") return Decay::linear;
-  if (method == "gaussian") return Decay::gaussian;
-  STD_TORCH_CHECK(method == "hard", "fastzoo: ", op, ": unknown method ", method);
-  return Decay::hard;
+  Decay decay;
+  STD_TORCH_CHECK(math::decay_named(method.c_str(), decay), "fastzoo: ", op, ": unknown method ",
+                  method);
+  return decay;
 }
 
 int64_t at_most(int64_t max_detections) {

@@ -18,14 +18,7 @@ struct Decoder {
 
 // The form of a name, as the operator's schema has it; false where there is none. Host only.
 static inline bool decode_named(const char* name, Decode& form) {
-  constexpr const char* kNames[] = {"", "deltas", "distances", "yolov3", "yolov5", "yolox"};
-  for (int i = 0; i < 6; ++i) {
-    if (__builtin_strcmp(name, kNames[i]) == 0) {
-      form = static_cast<Decode>(i);
-      return true;
-    }
-  }
-  return false;
+  return value_named(name, {"", "deltas", "distances", "yolov3", "yolov5", "yolox"}, form);
 }
 
 // Numbers of a prior.

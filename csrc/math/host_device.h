@@ -53,4 +53,17 @@ FASTZOO_HD To bits_as(From from) {
   return to;
 }
 
+// The value of an enumeration that stands where `name` does among the names of all, in order;
+// false where it is none of them. Host only.
+template <class Enumeration, int kCount>
+static inline bool value_named(const char* name, const char* const (&names)[kCount],
+                               Enumeration& value) {
+  for (int i = 0; i < kCount; ++i) {
+    if (__builtin_strcmp(name, names[i]) != 0) continue;
+    value = static_cast<Enumeration>(i);
+    return true;
+  }
+  return false;
+}
+
 }  // namespace fastzoo::math

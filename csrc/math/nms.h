@@ -41,6 +41,11 @@ FASTZOO_HD uint64_t falling_key(double score) {
 // The rules that lower scores. Each decay is one rounding of T, whatever computes it.
 enum class Decay { linear, gaussian, hard };
 
+// The rule of a name, as the operators' schemas have it; false where there is none. Host only.
+static inline bool decay_named(const char* name, Decay& decay) {
+  return value_named(name, {"linear", "gaussian", "hard"}, decay);
+}
+
 // V is double or the CPU's vector of doubles.
 template <class V>
 FASTZOO_HD V gaussian_decay(V iou, V sigma) {
