@@ -270,8 +270,9 @@ __global__ void __launch_bounds__(kThreads)
     const double value = centred(values[d], centre, d);
     squares += value * value;
   }
-  const double bound = math::score_bound(metric, dims, math::norm_above(warp_sum(squares), dims),
-                                         math::bits_as<double>(*norm_bits), kUnit<C>, kSmallest<C>);
+  const double bound =
+      math::score_bound(metric, dims, math::norm_above(warp_sum(squares), dims),
+                        math::bits_as<double>(*norm_bits), 0, 0, kUnit<C>, kSmallest<C>);
   const double needed = top.best < kInfinity<C> ? top.best - 2 * bound : -kInfinity<double>;
 
   int64_t winner = top.index;
