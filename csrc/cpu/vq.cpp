@@ -18,71 +18,117 @@ Metric parse_metric(const std::string& name) {
   STD_TORCH_CHECK(false, "vq_nearest: metric must be l2, cosine or dot, got ", name);
 }
 
+int64_t grain(int64_t elements) { return 1 + kElementsWorthAThread / elements; }
+
+// A codebook as the kernels want it, and what else a lookup in it needs; serves one after another.
+class Lookup {
+ public:
+  Lookup(const Tensor& like, const cpu::VqArgs& args) : like_(like), args_(args) {
+    FASTZOO_SELECT_KERNEL(vq_plan)(args_, plan_);
+    // A sample of the rows decides; it must be cheap beside all of them.
+    constexpr int64_t kRowsWorthAProbe = 128;
+    args_.bfloat16 = plan_.bfloat16 && (args_.fast || args_.rows >= kRowsWorthAProbe);
+    const ScalarType compute = compute_dtype(like.scalar_type());
+    const bool cosine = args_.metric == Metric::cosine;
+    centre_ = empty(like, {args_.dims}, compute);
+    squares_ = empty(like, {args_.codes}, ScalarType::Double);
+    norms_ = empty(like, {cosine ? args_.codes : 0}, ScalarType::Double);
+    lost_ = empty(like, {args_.bfloat16 ? args_.codes : 0}, ScalarType::Double);
+    loose_ = empty(like, {args_.codes}, ScalarType::Int);
+    table_ = empty(like, {plan_.table_size}, ScalarType::Int);
+    args_.centre = centre_.mutable_data_ptr();
+    args_.squares = static_cast<double*>(squares_.mutable_data_ptr());
+    args_.norms = static_cast<double*>(norms_.mutable_data_ptr());
+    args_.lost = static_cast<double*>(lost_.mutable_data_ptr());
+    args_.loose = static_cast<int32_t*>(loose_.mutable_data_ptr());
+    plan();
+  }
+
+  cpu::VqArgs& args() { return args_; }
+
+  void run() {
+    if (args_.metric == Metric::l2) {
+      const auto kernel = FASTZOO_SELECT_KERNEL(vq_centre);
+      torch::stable::parallel_for(0, args_.dims, grain(args_.codes),
+                                  [&](int64_t begin, int64_t end) { kernel(args_, begin, end); });
+    }
+    pack();
+    if (args_.bfloat16 && !args_.fast && !pays()) {
+      args_.bfloat16 = false;
+      plan();
+      pack();
+    }
+    const auto kernel = FASTZOO_SELECT_KERNEL(vq_lookup);
+    const int threads = args_.threads;
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        kernel(args_, args_.rows * part / threads, args_.rows * (part + 1) / threads,
+               workspace(part));
+      }
+    });
+  }
+
+ private:
+  void plan() {
+    FASTZOO_SELECT_KERNEL(vq_plan)(args_, plan_);
+    plan_.workspace_bytes = (plan_.workspace_bytes + 63) / 64 * 64;
+    starts_ = empty(like_, {plan_.starts_bytes}, ScalarType::Byte);
+    lines_ = empty(like_, {plan_.lines_bytes}, ScalarType::Byte);
+    workspace_ = empty(like_, {args_.threads * plan_.workspace_bytes}, ScalarType::Byte);
+    args_.starts = starts_.mutable_data_ptr();
+    args_.lines = lines_.mutable_data_ptr();
+  }
+
+  void pack() {
+    const auto kernel = FASTZOO_SELECT_KERNEL(vq_pack);
+    torch::stable::parallel_for(0, plan_.code_panels, grain(plan_.lines_bytes / plan_.code_panels),
+                                [&](int64_t begin, int64_t end) { kernel(args_, begin, end); });
+    FASTZOO_SELECT_KERNEL(vq_select)(args_, static_cast<int32_t*>(table_.mutable_data_ptr()),
+                                     plan_.table_size);
+  }
+
+  bool pays() {
+    bool result = false;
+    args_.probing = true;
+    FASTZOO_SELECT_KERNEL(vq_probe)(args_, workspace(0), result);
+    args_.probing = false;
+    return result;
+  }
+
+  char* workspace(int64_t part) {
+    return static_cast<char*>(workspace_.mutable_data_ptr()) + part * plan_.workspace_bytes;
+  }
+
+  const Tensor& like_;
+  cpu::VqArgs args_;
+  cpu::VqPlan plan_{};
+  Tensor centre_, squares_, norms_, lost_, loose_, table_, starts_, lines_, workspace_;
+};
+
 std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, std::string metric) {
   const Tensor rows = torch::stable::contiguous(x);
   const Tensor codes = torch::stable::contiguous(codebook);
-  const ScalarType compute = compute_dtype(x.scalar_type());
-  const int threads = static_cast<int>(torch::stable::get_num_threads());
-
   cpu::VqArgs args{};
   args.dtype = kernel_dtype(x.scalar_type(), "vq_nearest");
   args.metric = parse_metric(metric);
   args.rows = rows.size(0);
   args.codes = codes.size(0);
   args.dims = rows.size(1);
-  args.threads = threads;
+  args.k = 1;
+  args.threads = static_cast<int>(torch::stable::get_num_threads());
   STD_TORCH_CHECK(args.codes >= 1 && args.codes < (int64_t{1} << 31) && args.dims >= 1,
                   "vq_nearest: a codebook of ", args.codes, " codes of ", args.dims,
                   " dimensions is out of range");
   const Tensor indices = empty(x, {args.rows}, ScalarType::Long);
-  const Tensor distance = empty(x, {args.rows}, compute);
+  const Tensor distance = empty(x, {args.rows}, compute_dtype(x.scalar_type()));
   if (args.rows == 0) return {distance, indices};
-
-  cpu::VqPlan plan{};
-  FASTZOO_SELECT_KERNEL(vq_plan)(args, plan);
-  const bool cosine = args.metric == Metric::cosine;
-  const Tensor centre = empty(x, {args.dims}, compute);
-  const Tensor panels = empty(x, {plan.panels_bytes}, ScalarType::Byte);
-  const Tensor squares = empty(x, {args.codes}, ScalarType::Double);
-  const Tensor norms = empty(x, {cosine ? args.codes : 0}, ScalarType::Double);
-  const Tensor loose = empty(x, {args.codes}, ScalarType::Int);
   args.x = rows.const_data_ptr();
+  args.x_stride = args.dims;
   args.codebook = codes.const_data_ptr();
-  args.centre = centre.mutable_data_ptr();
-  args.panels = panels.mutable_data_ptr();
-  args.squares = static_cast<double*>(squares.mutable_data_ptr());
-  args.norms = static_cast<double*>(norms.mutable_data_ptr());
-  args.loose = static_cast<int32_t*>(loose.mutable_data_ptr());
   args.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  args.distance = distance.mutable_data_ptr();
-
-  const auto grain = [](int64_t elements) { return 1 + kElementsWorthAThread / elements; };
-  if (args.metric == Metric::l2) {
-    const auto kernel = FASTZOO_SELECT_KERNEL(vq_centre);
-    torch::stable::parallel_for(0, args.dims, grain(args.codes),
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  }
-  {
-    const auto kernel = FASTZOO_SELECT_KERNEL(vq_pack);
-    torch::stable::parallel_for(0, plan.code_panels, grain(plan.panels_bytes / plan.code_panels),
-                                [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
-  }
-  {
-    const Tensor table = empty(x, {plan.table_size}, ScalarType::Int);
-    FASTZOO_SELECT_KERNEL(vq_select)(args, static_cast<int32_t*>(table.mutable_data_ptr()),
-                                     plan.table_size);
-  }
-
-  const int64_t workspace_bytes = (plan.workspace_bytes + 63) / 64 * 64;
-  const Tensor workspace = empty(x, {threads * workspace_bytes}, ScalarType::Byte);
-  char* const spaces = static_cast<char*>(workspace.mutable_data_ptr());
-  const auto kernel = FASTZOO_SELECT_KERNEL(vq_lookup);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) {
-      kernel(args, args.rows * part / threads, args.rows * (part + 1) / threads,
-             spaces + part * workspace_bytes);
-    }
-  });
+  args.values = distance.mutable_data_ptr();
+  args.out_stride = 1;
+  Lookup(x, args).run();
   return {distance, indices};
 }
 
