@@ -1,4 +1,4 @@
-// fastzoo::vq_nearest and its gradient on the CPU.
+// fastzoo::vq_nearest with its gradient, and vq_quantize, on the CPU.
 #include "kernels/vq.h"
 
 #include <string>
@@ -20,22 +20,75 @@ Metric parse_metric(const std::string& name) {
 
 int64_t grain(int64_t elements) { return 1 + kElementsWorthAThread / elements; }
 
-// A codebook as the kernels want it, and what else a lookup in it needs; serves one after another.
+// The operands of a lookup: vectors [N, D] with codes [K, D], or [N, H, D] with [H, K, D].
+struct Operands {
+  Tensor x, codebook, mask;
+  int64_t heads;
+  cpu::VqArgs args{};
+
+  Operands(const char* op, const Tensor& x_in, const Tensor& codebook_in, const Tensor& mask_in,
+           const std::string& metric, const std::string& precision)
+      : x(torch::stable::contiguous(x_in)),
+        codebook(torch::stable::contiguous(codebook_in)),
+        mask(torch::stable::contiguous(mask_in)),
+        heads(codebook.dim() == 3 ? codebook.size(0) : 1) {
+    STD_TORCH_CHECK(precision == "exact" || precision == "fast", op,
+                    ": precision must be exact or fast, got ", precision);
+    args.dtype = kernel_dtype(x.scalar_type(), op);
+    args.metric = parse_metric(metric);
+    args.fast = precision == "fast";
+    args.rows = x.size(0);
+    args.codes = codebook.size(codebook.dim() - 2);
+    args.dims = codebook.size(codebook.dim() - 1);
+    args.k = 1;
+    args.threads = static_cast<int>(torch::stable::get_num_threads());
+    STD_TORCH_CHECK(args.codes >= 1 && args.codes < (int64_t{1} << 31) && args.dims >= 1, op,
+                    ": a codebook of ", args.codes, " codes of ", args.dims,
+                    " dimensions is out of range");
+    STD_TORCH_CHECK(mask.size(0) == 0 || mask.size(0) == args.rows, op, ": a mask of ",
+                    mask.size(0), " for ", args.rows, " vectors");
+    args.mask = static_cast<const bool*>(data_or_null(mask));
+    args.x_stride = heads * args.dims;
+  }
+
+  Tensor like_x() const {
+    if (codebook.dim() == 3) return empty(x, {args.rows, heads, args.dims}, x.scalar_type());
+    return empty(x, {args.rows, args.dims}, x.scalar_type());
+  }
+
+  // [rows], or [rows, heads]; with k, [rows, k] or [rows, heads, k].
+  Tensor results(ScalarType dtype, int64_t k) const {
+    if (codebook.dim() == 3) {
+      return k > 0 ? empty(x, {args.rows, heads, k}, dtype) : empty(x, {args.rows, heads}, dtype);
+    }
+    return k > 0 ? empty(x, {args.rows, k}, dtype) : empty(x, {args.rows}, dtype);
+  }
+};
+
+// Where each head's share of something contiguous lies.
+template <class Pointer>
+Pointer shifted(Pointer base, int64_t elements, int64_t element_size) {
+  using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return base == nullptr ? base : static_cast<Bytes*>(base) + elements * element_size;
+}
+
+// What a lookup needs beside its operands and results; serves the heads one after another.
 class Lookup {
  public:
-  Lookup(const Tensor& like, const cpu::VqArgs& args) : like_(like), args_(args) {
+  explicit Lookup(const Operands& operands) : like_(operands.x), args_(operands.args) {
+    const ScalarType compute = compute_dtype(like_.scalar_type());
+    const bool cosine = args_.metric == Metric::cosine;
     FASTZOO_SELECT_KERNEL(vq_plan)(args_, plan_);
     // A sample of the rows decides; it must be cheap beside all of them.
     constexpr int64_t kRowsWorthAProbe = 128;
     args_.bfloat16 = plan_.bfloat16 && (args_.fast || args_.rows >= kRowsWorthAProbe);
-    const ScalarType compute = compute_dtype(like.scalar_type());
-    const bool cosine = args_.metric == Metric::cosine;
-    centre_ = empty(like, {args_.dims}, compute);
-    squares_ = empty(like, {args_.codes}, ScalarType::Double);
-    norms_ = empty(like, {cosine ? args_.codes : 0}, ScalarType::Double);
-    lost_ = empty(like, {args_.bfloat16 ? args_.codes : 0}, ScalarType::Double);
-    loose_ = empty(like, {args_.codes}, ScalarType::Int);
-    table_ = empty(like, {plan_.table_size}, ScalarType::Int);
+    args_.fast = args_.fast && args_.bfloat16;
+    centre_ = empty(like_, {args_.dims}, compute);
+    squares_ = empty(like_, {args_.codes}, ScalarType::Double);
+    norms_ = empty(like_, {cosine ? args_.codes : 0}, ScalarType::Double);
+    lost_ = empty(like_, {args_.bfloat16 ? args_.codes : 0}, ScalarType::Double);
+    loose_ = empty(like_, {args_.codes}, ScalarType::Int);
+    table_ = empty(like_, {plan_.table_size}, ScalarType::Int);
     args_.centre = centre_.mutable_data_ptr();
     args_.squares = static_cast<double*>(squares_.mutable_data_ptr());
     args_.norms = static_cast<double*>(norms_.mutable_data_ptr());
@@ -44,9 +97,13 @@ class Lookup {
     plan();
   }
 
-  cpu::VqArgs& args() { return args_; }
-
-  void run() {
+  // The same operands and results of the next head.
+  void run(const cpu::VqArgs& head) {
+    args_.x = head.x;
+    args_.codebook = head.codebook;
+    args_.indices = head.indices;
+    args_.values = head.values;
+    args_.quantized = head.quantized;
     if (args_.metric == Metric::l2) {
       const auto kernel = FASTZOO_SELECT_KERNEL(vq_centre);
       torch::stable::parallel_for(0, args_.dims, grain(args_.codes),
@@ -105,31 +162,51 @@ class Lookup {
   Tensor centre_, squares_, norms_, lost_, loose_, table_, starts_, lines_, workspace_;
 };
 
-std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, std::string metric) {
-  const Tensor rows = torch::stable::contiguous(x);
-  const Tensor codes = torch::stable::contiguous(codebook);
-  cpu::VqArgs args{};
-  args.dtype = kernel_dtype(x.scalar_type(), "vq_nearest");
-  args.metric = parse_metric(metric);
-  args.rows = rows.size(0);
-  args.codes = codes.size(0);
-  args.dims = rows.size(1);
-  args.k = 1;
-  args.threads = static_cast<int>(torch::stable::get_num_threads());
-  STD_TORCH_CHECK(args.codes >= 1 && args.codes < (int64_t{1} << 31) && args.dims >= 1,
-                  "vq_nearest: a codebook of ", args.codes, " codes of ", args.dims,
-                  " dimensions is out of range");
-  const Tensor indices = empty(x, {args.rows}, ScalarType::Long);
-  const Tensor distance = empty(x, {args.rows}, compute_dtype(x.scalar_type()));
-  if (args.rows == 0) return {distance, indices};
-  args.x = rows.const_data_ptr();
-  args.x_stride = args.dims;
-  args.codebook = codes.const_data_ptr();
-  args.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-  args.values = distance.mutable_data_ptr();
-  args.out_stride = 1;
-  Lookup(x, args).run();
+void look_up(Operands& operands, const Tensor& indices, const Tensor& values,
+             const Tensor* quantized) {
+  cpu::VqArgs& args = operands.args;
+  if (args.rows == 0) return;
+  args.out_stride = operands.heads * args.k;
+  const int64_t element = element_size(operands.x.scalar_type());
+  const int64_t value = element_size(values.scalar_type());
+  Lookup lookup(operands);
+  for (int64_t head = 0; head < operands.heads; ++head) {
+    args.x = shifted(operands.x.const_data_ptr(), head * args.dims, element);
+    args.codebook =
+        shifted(operands.codebook.const_data_ptr(), head * args.codes * args.dims, element);
+    args.indices = static_cast<int64_t*>(indices.mutable_data_ptr()) + head * args.k;
+    args.values = shifted(values.mutable_data_ptr(), head * args.k, value);
+    if (quantized != nullptr) {
+      args.quantized = shifted(quantized->mutable_data_ptr(), head * args.dims, element);
+    }
+    lookup.run(args);
+  }
+}
+
+std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, const Tensor& mask,
+                                      std::string metric, int64_t k, std::string precision) {
+  Operands operands("vq_nearest", x, codebook, mask, metric, precision);
+  STD_TORCH_CHECK(k >= 0 && k <= operands.args.codes, "vq_nearest: k = ", k, " of ",
+                  operands.args.codes, " codes");
+  operands.args.k = k > 0 ? k : 1;
+  const Tensor indices = operands.results(ScalarType::Long, k);
+  const Tensor distance = operands.results(compute_dtype(x.scalar_type()), k);
+  look_up(operands, indices, distance, nullptr);
   return {distance, indices};
+}
+
+// The estimator matters to the gradient alone.
+std::tuple<Tensor, Tensor, Tensor> vq_quantize(const Tensor& x, const Tensor& codebook,
+                                               const Tensor& mask, std::string metric,
+                                               std::string precision, std::string /*estimator*/,
+                                               double codebook_weight, double beta) {
+  Operands operands("vq_quantize", x, codebook, mask, metric, precision);
+  operands.args.loss_weight = codebook_weight + beta;
+  const Tensor quantized = operands.like_x();
+  const Tensor losses = operands.results(compute_dtype(x.scalar_type()), 0);
+  const Tensor indices = operands.results(ScalarType::Long, 0);
+  look_up(operands, indices, losses, &quantized);
+  return {quantized, losses, indices};
 }
 
 std::tuple<Tensor, Tensor> vq_nearest_backward(const Tensor& grad, const Tensor& x,
@@ -190,6 +267,8 @@ std::tuple<Tensor, Tensor> vq_nearest_backward(const Tensor& grad, const Tensor&
 STABLE_TORCH_LIBRARY_IMPL(fastzoo, CPU, m) {
   implement<vq_nearest>(m, "vq_nearest");
   implement<vq_nearest>(m, "vq_nearest.cpu");
+  implement<vq_quantize>(m, "vq_quantize");
+  implement<vq_quantize>(m, "vq_quantize.cpu");
   implement<vq_nearest_backward>(m, "vq_nearest_backward");
   implement<vq_nearest_backward>(m, "vq_nearest_backward.cpu");
 }
