@@ -785,31 +785,38 @@ void lookup(const VqArgs& args, int64_t begin, int64_t end, void* workspace) {
   }
 }
 
-// How many panels a few rows would list, from all over the batch.
+// Whether candidates by rounded products pay: what a few rows from all over the batch would list,
+// beside what the products save.
 template <class Element, class M>
-int64_t probe(const VqArgs& args, void* workspace, int64_t& sampled) {
+bool pays(const VqArgs& args, void* workspace) {
   const Codes<Element, M> codes{args};
   Arena arena(workspace);
   const Rows<Element, M> rows(codes, arena);
   constexpr int kColumns = Rows<Element, M>::kColumns;
+  constexpr int kKept = Rows<Element, M>::kKept;
   const int64_t logged = Rows<Element, M>::block_codes(codes);
-  sampled = 0;
+  int64_t count = 0;
   for (int64_t i = 0; i < kColumns; ++i) {
     const int64_t row = args.rows * (2 * i + 1) / (2 * kColumns);
-    if (args.mask == nullptr || args.mask[row]) rows.row[sampled++] = row;
+    if (args.mask == nullptr || args.mask[row]) rows.row[count++] = row;
   }
-  rows.begin(sampled);
+  if (count == 0) return true;
+  rows.begin(count);
   for (int64_t first = 0; first < codes.panels; first += logged) {
     const int64_t left = codes.panels - first;
     rows.multiply(0, first, left < logged ? left : logged);
     rows.scan(0, first, left < logged ? left : logged);
   }
-  int64_t listed = 0;
-  for (int64_t slot = 0; slot < sampled; ++slot) {
-    rows.prune(slot);
-    listed += rows.unproven(slot) ? Rows<Element, M>::kKept : rows.counts[slot];
+  // Beyond the one panel and the one code that any products would leave.
+  int64_t listed = -count, survivors = -count;
+  for (int64_t slot = 0; slot < count; ++slot) {
+    int32_t list[kKept * Codes<Element, M>::kRows];
+    survivors += rows.unproven(slot) ? args.codes : rows.survive(slot, list);
+    listed += rows.counts[slot];
   }
-  return listed;
+  // In cycles: measured for a panel and for a code; of the products, half of two a cycle and lane.
+  const int64_t cost = listed * (30 + 2 * args.dims) + survivors * (30 + args.dims / 2);
+  return cost < count * args.codes * args.dims / 80;
 }
 
 #if defined(__AVX512BF16__)
@@ -920,13 +927,9 @@ void vq_select(VqArgs& args, int32_t* table, int64_t table_size) {
   });
 }
 
-void vq_probe(const VqArgs& args, void* workspace, bool& pays) {
+void vq_probe(const VqArgs& args, void* workspace, bool& result) {
   with_candidates(args, [&](auto element, auto multiply) {
-    int64_t sampled;
-    const int64_t listed = probe<decltype(element), decltype(multiply)>(args, workspace, sampled);
-    // In cycles: what a listed panel costs, and what bfloat16 saves of the products.
-    const int64_t more = (listed - sampled) * (64 + 2 * args.dims);
-    pays = more < sampled * args.codes * args.dims / 100;
+    result = pays<decltype(element), decltype(multiply)>(args, workspace);
   });
 }
 

@@ -74,7 +74,7 @@ FASTZOO_DECLARE_KERNEL(vq_pack, (const VqArgs&, int64_t begin, int64_t end))
 // Takes out of the panels what the fast pass need not or cannot score.
 FASTZOO_DECLARE_KERNEL(vq_select, (VqArgs&, int32_t* table, int64_t table_size))
 // Whether bfloat16 leaves few enough candidates to pay; from a sample of the rows.
-FASTZOO_DECLARE_KERNEL(vq_probe, (const VqArgs&, void* workspace, bool& pays))
+FASTZOO_DECLARE_KERNEL(vq_probe, (const VqArgs&, void* workspace, bool& result))
 // Rows [begin, end).
 FASTZOO_DECLARE_KERNEL(vq_lookup, (const VqArgs&, int64_t begin, int64_t end, void* workspace))
 FASTZOO_DECLARE_KERNEL(vq_backward_x, (const VqBackwardArgs&, int64_t begin, int64_t end))
