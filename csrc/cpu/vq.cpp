@@ -69,7 +69,8 @@ struct Operands {
 // Where each head's share of something contiguous lies.
 template <class Pointer>
 Pointer shifted(Pointer base, int64_t elements, int64_t element_size) {
-  using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  using Bytes =
+      std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   return base == nullptr ? base : static_cast<Bytes*>(base) + elements * element_size;
 }
 

@@ -137,8 +137,8 @@ struct Packer {
         const V middle = centre == nullptr ? V(T(0)) : load_some(centre + d, dims - d);
 #pragma GCC unroll 16
         for (int i = 0; i < kSize; ++i) {
-          block[i] = first + i < count ? load_some(vectors[first + i] + d, dims - d) - middle
-                                       : V(T(0));
+          block[i] =
+              first + i < count ? load_some(vectors[first + i] + d, dims - d) - middle : V(T(0));
         }
         transpose(block);
         if (scales != nullptr) divide(block, scales + first, count - first);
@@ -181,7 +181,8 @@ struct Packer {
     for (int i = 0; i < kSize; ++i) {
       T values[kSize];
       block[i].store(values);
-      for (int j = 0; j < kSize && j < count; ++j) values[j] = static_cast<T>(values[j] / scales[j]);
+      for (int j = 0; j < kSize && j < count; ++j)
+        values[j] = static_cast<T>(values[j] / scales[j]);
       block[i] = V::load(values);
     }
   }
@@ -635,8 +636,7 @@ struct Rows {
       double scores[kKept * kRows];
       double highest = -kInfinity;
       for (int i = 0; i < count; ++i) {
-        scores[i] =
-            exact_score(args.metric, near_sum(slot, survivors[i]), norm_of(survivors[i]));
+        scores[i] = exact_score(args.metric, near_sum(slot, survivors[i]), norm_of(survivors[i]));
         highest = math::maximum(highest, scores[i]);
       }
       const double limit = highest - near_margin(slot);
@@ -747,7 +747,8 @@ struct Rows {
                                  math::maximum(__builtin_sqrt(square), math::kNormFloor)));
   }
 
-  // ---- what is written ---------------------------------------------------------------------------
+  // ---- what is written
+  // ---------------------------------------------------------------------------
 
   int64_t* index_at(int64_t index) const { return args.indices + index * args.out_stride; }
   T* value_at(int64_t index) const {
@@ -765,8 +766,8 @@ struct Rows {
     const Element* const b = codes.code(*found);
     copy(b, row[slot]);
     *value = static_cast<T>(args.loss_weight * wide_sum(args.dims, [&](int64_t k) {
-      return math::score_term(Metric::l2, widen(a[k]), widen(b[k]));
-    }));
+                              return math::score_term(Metric::l2, widen(a[k]), widen(b[k]));
+                            }));
   }
 
   void write_masked(int64_t index) const {
