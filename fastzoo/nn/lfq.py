@@ -1,12 +1,12 @@
 """Lookup-free quantisation: every dimension is rounded to its sign."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastzoo.nn._scalar_quantizer import ScalarQuantizer, straight_through
 from fastzoo.ops._checks import check_tensor
@@ -37,33 +37,67 @@ def bit_entropies(logits: Tensor) -> Tensor:
 
 
 def _joint(logits: Tensor) -> Tensor:
-    """``[..., 2^d]`` of ``[..., d]``: how probable each setting of independent bits is, the first
+    """``[C, 2^d, N]`` of ``[C, d, N]``: how probable each setting of independent bits is, the first
     bit counting most."""
-    p = logits.new_ones(*logits.shape[:-1], 1)
-    for bit in torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], -1).unbind(-2):
-        p = (p.unsqueeze(-1) * bit.unsqueeze(-2)).flatten(-2)
+    p = logits.new_ones(len(logits), 1, logits.shape[-1])
+    for bit in torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], 2).unbind(1):
+        p = (p.unsqueeze(2) * bit.unsqueeze(1)).flatten(1, 2)
     return p
 
 
-def _sum_of_rows(logits: Tensor, weight: Tensor) -> Tensor:
-    """The high bits of a code are independent of its low ones, so a row's distribution is an outer
-    product, and a sum over rows is a product of two matrices."""
-    half = (logits.shape[-1] + 1) // 2
-    high, low = _joint(logits[..., :half]), _joint(logits[..., half:])
-    return torch.einsum("nci,ncj->cij", high * weight[:, None, None], low).flatten(1)
+def _to_logits(grads: Tensor, logits: Tensor) -> Tensor:
+    """The gradient of logits ``[C, d, N]``, of those of the logarithms of :func:`_joint`: a bit
+    that is 1 has the derivative 1 - p, the others have -p."""
+    bits = logits.shape[1]
+    place = torch.arange(bits - 1, -1, -1, device=logits.device)
+    settings = torch.arange(2**bits, device=logits.device)
+    ones = (settings >> place[:, None] & 1).to(logits.dtype)
+    return torch.sigmoid(-logits) * (ones @ grads) - torch.sigmoid(logits) * ((1 - ones) @ grads)
+
+
+class _SumOfDistributions(torch.autograd.Function):
+    """``[C, 2^h, 2^l]`` of ``logits [C, h + l, N]`` and ``weight [N]``. The high bits of a code are
+    independent of its low ones, so a row's distribution is an outer product, and a sum over rows
+    is a product of two matrices. Rows come in chunks."""
+
+    @staticmethod
+    def _chunks(logits: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        half = (logits.shape[1] + 1) // 2
+        rows = max(1, CHUNK // (len(logits) << half))
+        for part, weights in zip(logits.split(rows, -1), weight.split(rows), strict=True):
+            high, low = part.split([half, part.shape[1] - half], 1)
+            yield high, low, weights
+
+    @staticmethod
+    def forward(logits: Tensor, weight: Tensor) -> Tensor:
+        total = logits.new_zeros(())
+        with torch.autocast(logits.device.type, enabled=False):
+            for high, low, weights in _SumOfDistributions._chunks(logits, weight):
+                total = total + _joint(high) * weights @ _joint(low).mT
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        found = []
+        with torch.autocast(grad.device.type, enabled=False):
+            for high, low, weights in _SumOfDistributions._chunks(*ctx.saved_tensors):
+                p_high, p_low = _joint(high), _joint(low)
+                of_high = _to_logits(grad @ p_low * p_high * weights, high)
+                of_low = _to_logits(grad.mT @ p_high * p_low * weights, low)
+                found.append(torch.cat([of_high, of_low], 1))
+        return torch.cat(found, -1), None
 
 
 def sum_of_distributions(logits: Tensor, weight: Tensor) -> Tensor:
     """``[C, 2^d]``: over rows ``logits [N, C, d]``, each times its ``weight [N]``, the sum of how
-    probable each code is. Rows come in chunks, which the backward pass computes again."""
-    _, codebooks, bits = logits.shape
-    rows = max(1, CHUNK // (codebooks * 2 ** ((bits + 1) // 2)))
-    total = logits.new_zeros(codebooks, 2**bits)
-    for part, weights in zip(logits.split(rows), weight.split(rows), strict=True):
-        total = total + checkpoint(
-            _sum_of_rows, part, weights, use_reentrant=False, preserve_rng_state=False
-        )
-    return total
+    probable each code is. The gradient goes to the logits."""
+    by_bit = logits.permute(1, 2, 0).contiguous()
+    total: Tensor = _SumOfDistributions.apply(by_bit, weight)  # type: ignore[no-untyped-call]
+    return total.flatten(1)
 
 
 class LFQ(ScalarQuantizer):
@@ -217,8 +251,7 @@ class LFQ(ScalarQuantizer):
         """Per vector ``[N]`` of ``x [N, C, d]``, and of the mean distribution."""
         # Two codes that differ in one bit are 2 * magnitude * x apart in x'c.
         logits = 4 * inv_temperature * self._magnitude * torch.where(weight[:, None, None] > 0, x, 0)
-        with torch.autocast(x.device.type, enabled=False):
-            total = sum_of_distributions(logits, weight)
+        total = sum_of_distributions(logits, weight)
         mean = sum_over(for_average(total, None), None)
         mean = mean / sum_over(weight.sum(), None).clamp_min(1)
         # A probability of 0 keeps a finite gradient.
