@@ -137,9 +137,7 @@ class FSQ(ScalarQuantizer):
         check_tensor("codes", codes, f"[..., {self.codebook_dim}]", -1)
         check_floating("codes", codes)
         if codes.shape[-1] != self.codebook_dim:
-            raise ValueError(
-                f"codes: expected [..., {self.codebook_dim}], got {list(codes.shape)}"
-            )
+            raise ValueError(f"codes: expected [..., {self.codebook_dim}], got {list(codes.shape)}")
         codes = codes.to(compute_dtype(codes))
         centre = self._centre(codes.dtype)
         return self._index(torch.round(codes * centre + centre))

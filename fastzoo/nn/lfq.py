@@ -250,7 +250,9 @@ class LFQ(ScalarQuantizer):
     ) -> tuple[Tensor, Tensor]:
         """Per vector ``[N]`` of ``x [N, C, d]``, and of the mean distribution."""
         # Two codes that differ in one bit are 2 * magnitude * x apart in x'c.
-        logits = 4 * inv_temperature * self._magnitude * torch.where(weight[:, None, None] > 0, x, 0)
+        logits = (
+            4 * inv_temperature * self._magnitude * torch.where(weight[:, None, None] > 0, x, 0)
+        )
         total = sum_of_distributions(logits, weight)
         mean = sum_over(for_average(total, None), None)
         mean = mean / sum_over(weight.sum(), None).clamp_min(1)
