@@ -28,8 +28,10 @@ def _one_hot(indices: Tensor, codes: int, dtype: torch.dtype) -> Tensor:
     """Rows ``[N, codes]`` with a 1 at their index; sparse, so of N entries."""
     rows = torch.arange(len(indices), device=indices.device)
     ones = torch.ones(len(indices), dtype=dtype, device=indices.device)
-    size = (len(indices), codes)
-    return torch.sparse_coo_tensor(torch.stack([rows, indices]), ones, size, is_coalesced=True)
+    places = torch.stack([rows, indices])
+    size = len(indices), codes
+    found: Tensor = torch.sparse_coo_tensor(places, ones, size, is_coalesced=True)
+    return found
 
 
 class _Quantizer(Remapped):

@@ -89,12 +89,12 @@ class ScalarQuantizer(nn.Module):
 
     def _by_codebook(self, indices: Tensor) -> Tensor:
         """The inverse of :meth:`_of_codebooks`."""
-        check_tensor("indices", indices, "[..., num_codebooks]", -1)
-        if indices.is_floating_point():
-            raise TypeError(f"indices: expected integers, got {indices.dtype}")
+        if not isinstance(indices, Tensor) or indices.is_floating_point():
+            kind = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+            raise TypeError(f"indices: expected a tensor of integers, got {kind}")
         if not self.keep_num_codebooks_dim:
             return indices.unsqueeze(-1)
-        if indices.shape[-1] != self.num_codebooks:
+        if indices.dim() == 0 or indices.shape[-1] != self.num_codebooks:
             raise ValueError(
                 f"indices: expected [..., {self.num_codebooks}], got {list(indices.shape)}"
             )

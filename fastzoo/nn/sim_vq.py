@@ -10,8 +10,8 @@ from fastzoo.ops._checks import check_floating, check_tensor
 
 
 class SimVQ(nn.Module):
-    """Vector quantisation by codes ``transform(frozen_codebook)``, with the arguments of lucidrains'
-    vector_quantize_pytorch.
+    """Vector quantisation by codes ``transform(frozen_codebook)``, with the arguments of
+    lucidrains' vector_quantize_pytorch.
 
     A step moves all codes at once, through the transform, so none is left behind unused. No
     N x codebook_size matrix is made (:func:`fastzoo.ops.vq_quantize`).
