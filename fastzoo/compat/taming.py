@@ -70,7 +70,6 @@ class _Quantizer(Remapped):
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, ...] | None) -> Tensor:
         """Codes of indices: ``[..., e_dim]``, or with a ``shape (B, H, W, e_dim)`` the image
         ``[B, e_dim, H, W]``. Has a gradient to the codes."""
-        check_tensor("indices", indices, "[...]", -1)
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
         if shape is None:

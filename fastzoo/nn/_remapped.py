@@ -6,8 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastzoo.ops._checks import check_tensor
-
 
 class Remapped(nn.Module):
     """A quantiser of ``codes`` codes, of which only some are used, as taming-transformers has it.
@@ -55,14 +53,13 @@ class Remapped(nn.Module):
             self.unknown_index = self.re_embed
             self.re_embed += 1
 
-    def _check_remap(self, indices: Tensor) -> None:
+    def _check_remap(self) -> None:
         if self.remap is None:
             raise RuntimeError("remap: expected the used codes at construction, got None")
-        check_tensor("indices", indices, "[...]", -1)
 
     def remap_to_used(self, indices: Tensor) -> Tensor:
         """Where each code is among the used ones, ``unknown_index`` if it is not."""
-        self._check_remap(indices)
+        self._check_remap()
         ordered, order = self.used.sort()
         place = torch.searchsorted(ordered, indices).clamp_max(len(ordered) - 1)
         if isinstance(self.unknown_index, str):
@@ -73,7 +70,7 @@ class Remapped(nn.Module):
 
     def unmap_to_all(self, indices: Tensor) -> Tensor:
         """The codes of indices among the used ones; the extra one is the first of them."""
-        self._check_remap(indices)
+        self._check_remap()
         if self.re_embed > len(self.used):
             indices = torch.where(indices >= len(self.used), 0, indices)
         return self.used[indices]

@@ -114,7 +114,6 @@ class GumbelVQ(Remapped):
     def get_codebook_entry(self, indices: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
         """``[B, embedding_dim, H, W]`` of indices ``[B H W]``; ``shape`` is ``(B, H, W, C)``."""
         b, h, w, _ = shape
-        check_tensor("indices", indices, "[B H W]", -1)
         if indices.numel() != b * h * w:
             raise ValueError(f"indices: expected {b * h * w} of them, got {list(indices.shape)}")
         if self.remap is not None:

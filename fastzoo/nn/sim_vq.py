@@ -85,7 +85,6 @@ class SimVQ(nn.Module):
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """The quantised vectors of indices as :meth:`forward` returns both, with a gradient to the
         transform."""
-        check_tensor("indices", indices, "[...]", -1)
         codes: Tensor = self.code_transform(self.frozen_codebook[indices])
         return codes.movedim(-1, 1) if self.channel_first else codes
 
