@@ -29,8 +29,9 @@ def _one_hot(indices: Tensor, codes: int, dtype: torch.dtype) -> Tensor:
     rows = torch.arange(len(indices), device=indices.device)
     ones = torch.ones(len(indices), dtype=dtype, device=indices.device)
     places = torch.stack([rows, indices])
-    size = len(indices), codes
-    found: Tensor = torch.sparse_coo_tensor(places, ones, size, is_coalesced=True)
+    found: Tensor = torch.sparse_coo_tensor(
+        places, ones, (len(indices), codes), check_invariants=False, is_coalesced=True
+    )
     return found
 
 
@@ -55,7 +56,8 @@ class _Quantizer(Remapped):
 
     @property
     def _codebook(self) -> Tensor:
-        weight: Any = self.embedding.weight
+        weight = self.embedding.weight
+        assert isinstance(weight, Tensor)
         return weight
 
     def _quantize(self, z: Tensor, **options: Any) -> tuple[Tensor, ops.VQOutput]:

@@ -74,7 +74,7 @@ class ScalarQuantizer(nn.Module):
             where = "[B, D, ...]" if second else "[..., D]"
             raise ValueError(f"{name}: expected {where}, D = {self.dim}, got {list(x.shape)}")
         projected: Tensor = self.project_in(x.movedim(1, -1) if second else x)
-        return projected.unflatten(-1, (self.num_codebooks, self.codebook_dim))
+        return projected.reshape(*projected.shape[:-1], self.num_codebooks, self.codebook_dim)
 
     def _leave(self, codes: Tensor, project_out: bool = True) -> Tensor:
         """An output of codes ``[..., num_codebooks, codebook_dim]``."""

@@ -118,4 +118,5 @@ class GumbelVQ(Remapped):
             raise ValueError(f"indices: expected {b * h * w} of them, got {list(indices.shape)}")
         if self.remap is not None:
             indices = self.unmap_to_all(indices)
-        return self.embed(indices.reshape(b, h, w)).movedim(-1, 1).contiguous()
+        codes: Tensor = self.embed(indices.reshape(b, h, w))
+        return codes.movedim(-1, 1).contiguous()
