@@ -118,9 +118,9 @@ def test_remapping(unknown: str | int, tmp_path: Path) -> None:
         assert others.unique().tolist() == [0, 1, 2, 3]
     else:
         assert others.unique().tolist() == [quantizer.unknown_index] == [4 if unknown != 2 else 2]
+    kept = found.clone()
     back = quantizer.unmap_to_all(found)
     assert torch.equal(back[:, known], every[:, known])
-    kept = found.clone()
     if unknown == "extra":
         assert bool((back[:, [not k for k in known]] == USED[0]).all())
     assert torch.equal(found, kept), "indices are not changed in place"

@@ -101,7 +101,7 @@ def test_bits_that_are_nearly_certain_keep_their_entropy() -> None:
     )
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3, 1e9])
 def test_float32_stays_finite_and_close(scale: float) -> None:
     quantizer = LFQ(dim=8)
     x = (latents(64, 8) * scale).float().requires_grad_()
@@ -110,6 +110,7 @@ def test_float32_stays_finite_and_close(scale: float) -> None:
     exact = x.detach().double().requires_grad_()
     right = entropies(exact[:, None], 1.0, 100.0)
     (expected,) = torch.autograd.grad(0.1 * (right[0] - right[1]), exact)
+    assert torch.equal(output.quantized, x.sign()), "to the last bit"
     # Rounding of 64 x 8 terms in float32; derivatives by x have the factor 4 * 100.
     torch.testing.assert_close(losses[0].double(), right[0], rtol=1e-5, atol=1e-30)
     torch.testing.assert_close(losses[1].double(), right[1], rtol=1e-5, atol=1e-6)
@@ -143,16 +144,16 @@ def test_derivatives_of_the_mean_distribution(bits: int) -> None:
 
 
 def test_no_matrix_of_vectors_and_codes() -> None:
-    n, size = 4096, 2**18
+    n, size = 16384, 2**18
     quantizer = LFQ(codebook_size=size).to(DEVICE)
     x = latents(n, 18).float().to(DEVICE).requires_grad_()
 
     def step() -> None:
         quantizer(x).entropy_aux_loss.backward()
 
-    # Six tensors of all codes, and six chunks: 30 MB, and what matrix products take for
-    # themselves. One N x K matrix is 4.3 GB.
-    assert peak_memory(step, DEVICE) < 2 * (6 * 4 * size + 6 * 4 * lfq.CHUNK)
+    # Six tensors of all codes and six chunks are 30 MB, and about twenty tensors are like x. One
+    # N x K matrix is 17 GB; without chunks, halves of the bits would be 33 MB each.
+    assert peak_memory(step, DEVICE) < 6 * 4 * size + 6 * (4 << 20) + 40 * n * 18 * 4
     assert x.grad is not None
     assert bool(x.grad.isfinite().all())
 
