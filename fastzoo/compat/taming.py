@@ -44,7 +44,7 @@ class _Quantizer(Remapped):
         self,
         codes: int,
         dim: int,
-        remap: "str | os.PathLike[str] | Tensor | None" = None,
+        remap: str | os.PathLike[str] | Tensor | None = None,
         unknown_index: str | int = "random",
     ) -> None:
         for name, value in {"n_e": codes, "e_dim": dim}.items():
@@ -103,7 +103,7 @@ class VectorQuantizer2(_Quantizer):
         n_e: int,
         e_dim: int,
         beta: float,
-        remap: "str | os.PathLike[str] | Tensor | None" = None,
+        remap: str | os.PathLike[str] | Tensor | None = None,
         unknown_index: str | int = "random",
         sane_index_shape: bool = False,
         legacy: bool = True,
@@ -200,7 +200,7 @@ class EMAVectorQuantizer(_Quantizer):
         beta: float,
         decay: float = 0.99,
         eps: float = 1e-5,
-        remap: "str | os.PathLike[str] | Tensor | None" = None,
+        remap: str | os.PathLike[str] | Tensor | None = None,
         unknown_index: str | int = "random",
     ) -> None:
         super().__init__(n_embed, embedding_dim, remap, unknown_index)

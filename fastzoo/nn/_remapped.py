@@ -26,7 +26,7 @@ class Remapped(nn.Module):
     def __init__(
         self,
         codes: int,
-        remap: "str | os.PathLike[str] | Tensor | None",
+        remap: str | os.PathLike[str] | Tensor | None,
         unknown_index: str | int,
     ) -> None:
         super().__init__()

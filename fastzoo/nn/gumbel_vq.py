@@ -57,7 +57,7 @@ class GumbelVQ(Remapped):
         kl_weight: float = 5e-4,
         temp_init: float = 1.0,
         use_vqinterface: bool = True,
-        remap: "str | os.PathLike[str] | Tensor | None" = None,
+        remap: str | os.PathLike[str] | Tensor | None = None,
         unknown_index: str | int = "random",
     ) -> None:
         sizes = {"num_hiddens": num_hiddens, "embedding_dim": embedding_dim, "n_embed": n_embed}
