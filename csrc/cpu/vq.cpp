@@ -11,7 +11,9 @@ namespace {
 
 using math::Metric;
 
-std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, std::string metric) {
+std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, const Tensor& mask,
+                                      std::string metric, int64_t k, std::string precision) {
+  STD_TORCH_CHECK(mask.numel() == 0 && k == 0 && codebook.dim() == 2, "vq_nearest: not yet");
   const Tensor rows = torch::stable::contiguous(x);
   const Tensor codes = torch::stable::contiguous(codebook);
   const ScalarType compute = compute_dtype(x.scalar_type());
