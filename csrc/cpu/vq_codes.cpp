@@ -48,7 +48,7 @@ struct RowsByCode {
     over_ranges([&](int64_t range, int64_t begin, int64_t end) {
       int64_t* const own = counts.data() + range * stride;
       for (int64_t row = begin; row < end; ++row) {
-        if (codes_of[row] < -1 || codes_of[row] >= codes) {
+        if (codes_of[row] >= codes) {
           wrong[range] = row;
           return;
         }
@@ -174,11 +174,10 @@ struct Backward {
 
   template <class Kernel>
   void by_x(Kernel* kernel) const {
-    const int64_t count = codes.size(0);
-    for (int64_t row = 0; row < args.rows; ++row) {
-      STD_TORCH_CHECK(args.indices[row] >= -1 && args.indices[row] < count, op, ": index ",
-                      args.indices[row], " is out of range");
-    }
+    const int64_t* const end = args.indices + args.rows;
+    const int64_t* const highest = std::max_element(args.indices, end);
+    STD_TORCH_CHECK(highest == end || *highest < codes.size(0), op, ": index ", *highest,
+                    " is out of range");
     torch::stable::parallel_for(0, args.rows, 1 + kElementsWorthAThread / args.dims,
                                 [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   }

@@ -159,10 +159,12 @@ FASTZOO_INLINE void add_rows(int64_t dims, const int64_t* rows, const TermOf& te
 }
 
 // For each part the sums over its rows: term_of(code, row, d) is a row's term from dimension d on.
-template <class Sum, class TermOf>
+template <class Element, class Sum, class TermOf>
 void sum_parts(const VqCodesArgs& args, int64_t begin, int64_t end, const TermOf& term_of) {
+  constexpr int64_t kLine = 64;    // bytes of the cache
   constexpr int64_t kBlock = 512;  // dimensions whose sums stay in the fastest cache
   constexpr int kAtOnce = 4;       // rows for which each sum is read and written once
+  constexpr int kAhead = 24;       // rows are fetched before their turn: they lie all over x
   for (const VqPart* part = args.parts + begin; part < args.parts + end; ++part) {
     for (int64_t first = 0; first < args.dims; first += kBlock) {
       const int64_t dims = args.dims - first < kBlock ? args.dims - first : kBlock;
@@ -171,11 +173,23 @@ void sum_parts(const VqCodesArgs& args, int64_t begin, int64_t end, const TermOf
       const auto of_row = [&](int64_t row) __attribute__((always_inline)) {
         return term_of(part->code, row, first);
       };
+      const auto fetch = [&](int64_t place) __attribute__((always_inline)) {
+        if (place >= args.rows) return;
+        const auto* const row =
+            static_cast<const Element*>(args.x) + args.order[place] * args.dims + first;
+        for (int64_t d = 0; d < dims; d += kLine / static_cast<int64_t>(sizeof(Element))) {
+          __builtin_prefetch(row + d);
+        }
+      };
       int64_t i = part->begin;
       for (; i + kAtOnce <= part->end; i += kAtOnce) {
+        for (int j = 0; j < kAtOnce; ++j) fetch(i + kAhead + j);
         add_rows<kAtOnce>(dims, args.order + i, of_row, sums);
       }
-      for (; i < part->end; ++i) add_rows<1>(dims, args.order + i, of_row, sums);
+      for (; i < part->end; ++i) {
+        fetch(i + kAhead);
+        add_rows<1>(dims, args.order + i, of_row, sums);
+      }
       if (part->slot < 0) {
         write(dims, Value<double>{sums},
               static_cast<Sum*>(args.sums) + part->code * args.dims + first);
@@ -256,7 +270,7 @@ void vq_sum_rows(const VqCodesArgs& args, int64_t begin, int64_t end) {
   with_element(args.dtype, [&](auto element) {
     using Element = decltype(element);
     const Pairs<Element> pairs{args};
-    sum_parts<typename ComputeOf<Element>::type>(
+    sum_parts<Element, typename ComputeOf<Element>::type>(
         args, begin, end, [&](int64_t, int64_t row, int64_t d) __attribute__((always_inline)) {
           return Value<Element>{pairs.x(row) + d};
         });
@@ -324,18 +338,18 @@ void vq_nearest_backward_codebook(const VqNearestBackwardArgs& args, int64_t beg
     const T* const grad = static_cast<const T*>(args.grad);
     switch (args.metric) {
       case Metric::l2:
-        return sum_parts<Element>(
+        return sum_parts<Element, Element>(
             args, begin, end,
             [&](int64_t code, int64_t row, int64_t d) __attribute__((always_inline)) {
               return Pull<Element>{2.0 * grad[row], pairs.code(code) + d, pairs.x(row) + d};
             });
       case Metric::dot:
-        return sum_parts<Element>(
+        return sum_parts<Element, Element>(
             args, begin, end, [&](int64_t, int64_t row, int64_t d) __attribute__((always_inline)) {
               return Weighted<Element>{grad[row], pairs.x(row) + d};
             });
       case Metric::cosine:
-        return sum_parts<Element>(
+        return sum_parts<Element, Element>(
             args, begin, end,
             [&](int64_t code, int64_t row, int64_t d) __attribute__((always_inline)) {
               const double* const slope = args.slopes + 2 * row;
@@ -368,7 +382,7 @@ void vq_quantize_backward_x(const VqQuantizeBackwardArgs& args, int64_t begin, i
         continue;
       }
       const double x_norm = args.estimator == Estimator::rotation ? norm(args.dims, x) : 0;
-      if (args.estimator == Estimator::rotation && !(x_norm <= math::kNormFloor)) {
+      if (x_norm > math::kNormFloor) {
         write(args.dims, Both{rotated(args.dims, x_norm, grad, x, code), pull}, out);
       } else {
         write(args.dims, Both{straight, pull}, out);
@@ -386,9 +400,10 @@ void vq_quantize_backward_codebook(const VqQuantizeBackwardArgs& args, int64_t b
       const double loss = static_cast<const T*>(args.grad_losses)[row];
       return Pull<Element>{2 * args.codebook_weight * loss, pairs.code(code) + d, pairs.x(row) + d};
     };
-    if (args.estimator != Estimator::none) return sum_parts<Element>(args, begin, end, pull);
+    if (args.estimator != Estimator::none)
+      return sum_parts<Element, Element>(args, begin, end, pull);
     const Element* const grad = static_cast<const Element*>(args.grad_quantized);
-    sum_parts<Element>(
+    sum_parts<Element, Element>(
         args, begin, end, [&](int64_t code, int64_t row, int64_t d) __attribute__((always_inline)) {
           return Both{pull(code, row, d), Value<Element>{grad + row * args.dims + d}};
         });

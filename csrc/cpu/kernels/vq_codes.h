@@ -22,7 +22,7 @@ struct VqCodesArgs {
   int64_t rows, dims;
   const void* x;           // [rows][dims]
   const void* codebook;    // [codes][dims]; not for vq_sum_rows
-  const int64_t* indices;  // [rows]: -1 for a row without a code
+  const int64_t* indices;  // [rows]: negative for a row without a code
 
   const int64_t* order;  // the rows sorted by code, ascending within one
   const VqPart* parts;   // by code, then by row; every code has one
