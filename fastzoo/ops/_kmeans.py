@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastzoo.ops._checks import check_count, check_floating, check_same, check_tensor
+from fastzoo.ops._checks import check_choice, check_count, check_floating, check_same, check_tensor
 from fastzoo.ops.vq import vq_nearest, vq_statistics
 
 INITS = ("k-means++", "random")
@@ -91,8 +91,8 @@ def kmeans(
         if init.shape != (k, dim):
             raise ValueError(f"init: expected shape {[k, dim]}, got {list(init.shape)}")
         _check_finite("init", init)
-    elif init not in INITS:
-        raise ValueError(f"init: expected one of {INITS} or a tensor [k, D], got {init!r}")
+    else:
+        check_choice("init", init, INITS)
     _check_finite("x", x)
     with torch.autocast(x.device.type, enabled=False):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -103,7 +103,7 @@ def kmeans(
             order = torch.randperm(n, generator=generator, device=_device(generator))
             centroids = x[order[:k].to(x.device)]
         else:
-            centroids = x[_plus_plus(x, k, generator, backend)]
+            centroids = x[_plus_plus(x, k, generator)]
         return _lloyd(x, centroids, iters, tol, backend)
 
 
@@ -120,7 +120,8 @@ def _device(generator: torch.Generator | None) -> torch.device:
 def _lloyd(
     x: Tensor, centroids: Tensor, iters: int, tol: float, backend: str | None
 ) -> KMeansOutput:
-    limit = tol * x.var(0, correction=0).mean()
+    # The mean over the columns of their variances.
+    limit = tol * _distances(x, x.mean(0, keepdim=True)).mean() / x.shape[1]
     previous = None
     for iteration in range(1, iters + 1):
         indices, d = vq_nearest(x, centroids, return_distance=True, backend=backend)
@@ -158,24 +159,21 @@ def _fill_empty(x: Tensor, indices: Tensor, d: Tensor, counts: Tensor, sums: Ten
     sums[empty], counts[empty] = rows, 1.0
 
 
-def _plus_plus(
-    x: Tensor, k: int, generator: torch.Generator | None, backend: str | None
-) -> Tensor:
+def _plus_plus(x: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
     """The rows that greedy k-means++ chooses. Nothing is read back from the device."""
     n = len(x)
     trials = 2 + int(math.log(k))
     draws = torch.rand(
         k, trials, generator=generator, device=_device(generator), dtype=torch.float64
     ).to(x.device)
-    # Distances of candidates by products of centred rows are good enough to compare sums of them;
-    # those that the next draws depend on are exact.
+    # Products of centred rows tell well enough which candidate leaves the least; the distances that
+    # draws depend on are sums of squared differences.
     centred = x - x.mean(0)
     squares = torch.linalg.vector_norm(centred, dim=1).square()
-    chosen = (draws[0, :1] * n).long().clamp(max=n - 1)
-    rows = [chosen]
+    rows = [(draws[0, :1] * n).long().clamp(max=n - 1)]
     closest = torch.full_like(squares, torch.inf)
     for draw in draws[1:]:
-        closest = torch.minimum(closest, _distance(x, rows[-1], backend))
+        closest = torch.minimum(closest, _distances(x, x[rows[-1]]))
         mass = closest.cumsum(0, dtype=torch.float64)
         candidates = torch.searchsorted(mass, draw * mass[-1], right=True).clamp_(max=n - 1)
         distances = torch.addmm(squares, centred[candidates], centred.T, alpha=-2)
@@ -185,5 +183,6 @@ def _plus_plus(
     return torch.cat(rows)
 
 
-def _distance(x: Tensor, row: Tensor, backend: str | None) -> Tensor:
-    return vq_nearest(x, x[row], return_distance=True, backend=backend)[1]
+def _distances(x: Tensor, point: Tensor) -> Tensor:
+    """The squared distances ``[N]`` to one point ``[1, D]``, without cancellation."""
+    return torch.cdist(x, point, compute_mode="donot_use_mm_for_euclid_dist")[:, 0].square()
