@@ -125,6 +125,11 @@ struct FastPass {
   }
 };
 
+// The codes by groups, of so many codes each, and the length of a row's list of best scores.
+struct Groups {
+  int count, codes, length;
+};
+
 // Head h of x [rows, heads, dims] meets codebook[h] of [heads, codes, dims]. Prepared rows are
 // [heads, rows, pitch], prepared codes [heads, codes, pitch].
 template <class T, class Pass>
@@ -134,8 +139,7 @@ struct Lookup {
   Metric metric;
   int64_t rows, heads, codes, dims;
   int64_t padded, pitch;
-  int group_codes, groups;
-  int length;  // of a list of scores
+  Groups groups;
   int k;
   const T* x;
   const T* codebook;
@@ -292,12 +296,13 @@ FASTZOO_DEVICE void insert(Entry<C>* list, int length, C score, int code) {
   list[at] = {score, code};
 }
 
-// A block scores Scheme::kRows rows against the codes of the group blockIdx.y. several: a row's
-// list has more than two scores and lies in memory; only lanes of one warp touch it, in turn.
+// A block scores Scheme::kRows rows against every so many-th group of codes, from the group
+// blockIdx.y on. several: a row's list has more than two scores and lies in memory; only lanes of
+// one warp touch it, in turn.
 template <class Pass, bool several>
 __global__ void __launch_bounds__(kTileThreads, Pass::Scheme::kBlocksEach)
-    vq_scan(Rows<typename Pass::Stored> x, Rows<typename Pass::Stored> codes,
-            const typename Pass::Value* starts, int group_codes, int length,
+    vq_scan(Groups groups, Rows<typename Pass::Stored> x, Rows<typename Pass::Stored> codes,
+            const typename Pass::Value* starts, const double* bounds,
             Entry<typename Pass::Value>* found) {
   using Scheme = typename Pass::Scheme;
   using C = typename Pass::Value;
@@ -309,73 +314,85 @@ __global__ void __launch_bounds__(kTileThreads, Pass::Scheme::kBlocksEach)
   const int64_t head = blockIdx.z;
   const int64_t first_row = int64_t{blockIdx.x} * Scheme::kRows;
   const int rows = tile_left(x.count, first_row, Scheme::kRows);
-  const int64_t begin = int64_t{blockIdx.y} * group_codes;
-  const int64_t end = begin + group_codes < codes.count ? begin + group_codes : codes.count;
   x.data += head * x.count * x.step;
   codes.data += head * codes.count * codes.step;
   starts += head * codes.count;
-  found += ((head * gridDim.y + blockIdx.y) * x.count + first_row) * length;
-  const auto list = [&](int i) { return found + int64_t{Scheme::row(i)} * length; };
-
-  TopTwo<C> top[Scheme::kRowsEach];
-  C worst[Scheme::kRowsEach];
-  if constexpr (several) {
-#pragma unroll
-    for (int i = 0; i < Scheme::kRowsEach; ++i) {
-      worst[i] = Scheme::row(i) < rows ? -kInfinity<C> : kInfinity<C>;
-      if (turn > 0 || Scheme::row(i) >= rows) continue;
-      for (int e = 0; e < length; ++e) list(i)[e] = {-kInfinity<C>, 0};
-    }
-    sync_warp();
-  }
+  bounds += head * x.count + first_row;
 
   TileProduct<Scheme, typename Pass::Stored> product(slabs);
   int current = 0;
-  for (int64_t first_code = begin; first_code < end; first_code += kTileColumns) {
-    if (thread < kTileColumns) {
-      const int64_t code = first_code + thread;
-      tile_starts[current + thread] = code < end ? starts[code] : -kInfinity<C>;
-    }
-    auto scores = product.multiply(x.from(first_row), codes.from(first_code));
+  C floor[Scheme::kRowsEach];  // below it nothing counts any more
 #pragma unroll
-    for (int i = 0; i < Scheme::kRowsEach; ++i) {
-      C highest = -kInfinity<C>;
+  for (int i = 0; i < Scheme::kRowsEach; ++i) floor[i] = -kInfinity<C>;
+  for (int group = blockIdx.y; group < groups.count; group += gridDim.y) {
+    const auto list = [&](int i) {
+      const int64_t row = first_row + Scheme::row(i);
+      return found + ((head * groups.count + group) * x.count + row) * groups.length;
+    };
+    TopTwo<C> top[Scheme::kRowsEach];
+    if constexpr (several) {
 #pragma unroll
-      for (int j = 0; j < Scheme::kColumnsEach; ++j) {
-        scores(i, j) += tile_starts[current + Scheme::column(j)];
-        highest = math::maximum(highest, scores(i, j));
-      }
-      const auto code = [&](int j) { return static_cast<int>(first_code) + Scheme::column(j); };
-      if constexpr (several) {
-        if (!any(highest > worst[i])) continue;
-        for (int lane = 0; lane < Scheme::kRowLanes; ++lane) {
-          if (turn == lane) {
-#pragma unroll
-            for (int j = 0; j < Scheme::kColumnsEach; ++j) {
-              if (!(scores(i, j) > worst[i])) continue;
-              insert(list(i), length, scores(i, j), code(j));
-              worst[i] = list(i)[length - 1].score;
-            }
-          }
-          sync_warp();
-          if (Scheme::row(i) < rows) worst[i] = list(i)[length - 1].score;
+      for (int i = 0; i < Scheme::kRowsEach; ++i) {
+        if (Scheme::row(i) >= rows) {
+          floor[i] = kInfinity<C>;
+        } else if (turn == 0) {
+          for (int e = 0; e < groups.length; ++e) list(i)[e] = {-kInfinity<C>, 0};
         }
-      } else {
-        if (!(highest > top[i].second)) continue;
-#pragma unroll
-        for (int j = 0; j < Scheme::kColumnsEach; ++j) top[i].add(scores(i, j), code(j));
       }
+      sync_warp();
     }
-    current ^= kTileColumns;
-  }
-
-  if constexpr (!several) {
+    const int64_t begin = int64_t{group} * groups.codes;
+    const int64_t end = begin + groups.codes < codes.count ? begin + groups.codes : codes.count;
+    for (int64_t first_code = begin; first_code < end; first_code += kTileColumns) {
+      if (thread < kTileColumns) {
+        const int64_t code = first_code + thread;
+        tile_starts[current + thread] = code < end ? starts[code] : -kInfinity<C>;
+      }
+      auto scores = product.multiply(x.from(first_row), codes.from(first_code));
 #pragma unroll
-    for (int i = 0; i < Scheme::kRowsEach; ++i) {
-      top[i].merge_lanes(Scheme::kRowLanes);
-      if (turn > 0 || Scheme::row(i) >= rows) continue;
-      list(i)[0] = {top[i].best, top[i].code};
-      list(i)[1] = {top[i].second, 0};
+      for (int i = 0; i < Scheme::kRowsEach; ++i) {
+        C highest = -kInfinity<C>;
+#pragma unroll
+        for (int j = 0; j < Scheme::kColumnsEach; ++j) {
+          scores(i, j) += tile_starts[current + Scheme::column(j)];
+          highest = math::maximum(highest, scores(i, j));
+        }
+        const auto code = [&](int j) { return static_cast<int>(first_code) + Scheme::column(j); };
+        if constexpr (several) {
+          if (!any(highest > floor[i])) continue;
+          for (int lane = 0; lane < Scheme::kRowLanes; ++lane) {
+            if (turn == lane) {
+#pragma unroll
+              for (int j = 0; j < Scheme::kColumnsEach; ++j) {
+                if (!(scores(i, j) > floor[i])) continue;
+                insert(list(i), groups.length, scores(i, j), code(j));
+                floor[i] = list(i)[groups.length - 1].score;
+              }
+            }
+            sync_warp();
+            if (Scheme::row(i) < rows) floor[i] = list(i)[groups.length - 1].score;
+          }
+        } else {
+          if (!(highest > math::maximum(floor[i], top[i].second))) continue;
+#pragma unroll
+          for (int j = 0; j < Scheme::kColumnsEach; ++j) top[i].add(scores(i, j), code(j));
+        }
+      }
+      current ^= kTileColumns;
+    }
+
+    if constexpr (!several) {
+#pragma unroll
+      for (int i = 0; i < Scheme::kRowsEach; ++i) {
+        top[i].merge_lanes(Scheme::kRowLanes);
+        if (Scheme::row(i) >= rows) continue;
+        // A bound more than is needed, for the rounding of this.
+        const C bound = Pass::kProves ? static_cast<C>(3 * bounds[Scheme::row(i)]) : C{0};
+        floor[i] = math::maximum(floor[i], top[i].best - bound);
+        if (turn > 0) continue;
+        list(i)[0] = {top[i].best, top[i].code};
+        list(i)[1] = {top[i].second, 0};
+      }
     }
   }
 }
@@ -516,15 +533,16 @@ __global__ void __launch_bounds__(kThreads, 3)
     return;
   }
   const auto list = [&](int group) {
-    return found + ((head * lookup.groups + group) * lookup.rows + row) * lookup.length;
+    return found +
+           ((head * lookup.groups.count + group) * lookup.rows + row) * lookup.groups.length;
   };
-  const bool has_group = lane < lookup.groups;
+  const bool has_group = lane < lookup.groups.count;
 
   // The k-th highest of all that the groups hold: k codes reach it.
   C reached = 0;
   int taken = 0;
   for (int e = 0; e < lookup.k; ++e) {
-    const bool more = has_group && taken < lookup.length;
+    const bool more = has_group && taken < lookup.groups.length;
     const C own = more ? list(lane)[taken].score : -kInfinity<C>;
     reached = own;
     for (int flip = kWarpSize / 2; flip > 0; flip /= 2) {
@@ -539,8 +557,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   const double needed = finite ? reached - 2 * bound : -kInfinity<double>;
 
   // Of a group whose list ends below what is needed, the list has all candidates.
-  const bool open = has_group && !settled && !(list(lane)[lookup.length - 1].score < needed);
-  const int most = !has_group || open ? 0 : settled ? lookup.k : lookup.length;
+  const bool open = has_group && !settled && !(list(lane)[lookup.groups.length - 1].score < needed);
+  const int most = !has_group || open ? 0 : settled ? lookup.k : lookup.groups.length;
   int listed = 0;
   while (listed < most && list(lane)[listed].score >= needed) ++listed;
   const uint32_t open_groups = ballot(open);
@@ -555,11 +573,11 @@ __global__ void __launch_bounds__(kThreads, 3)
   const auto x_at = [&](int64_t d) { return static_cast<double>(static_cast<C>(x[d])); };
   const auto* prepared_x = lookup.prepared_x + (head * lookup.rows + row) * lookup.pitch;
   Ranking ranking(lookup.k);
-  for (int group = 0; group < lookup.groups; ++group) {
+  for (int group = 0; group < lookup.groups.count; ++group) {
     const bool all = open_groups >> group & 1;
-    const int64_t first = int64_t{group} * lookup.group_codes;
+    const int64_t first = int64_t{group} * lookup.groups.codes;
     const int64_t left = lookup.codes - first;
-    const int size = left < lookup.group_codes ? static_cast<int>(left) : lookup.group_codes;
+    const int size = left < lookup.groups.codes ? static_cast<int>(left) : lookup.groups.codes;
     const int count = all ? size : shuffle(listed, group);
     for (int base = 0; base < count; base += kWarpSize) {
       const int i = base + lane;
@@ -628,15 +646,18 @@ void look_up(const Tensor& x, const Tensor& codebook, Metric metric, int64_t k,
   lookup.padded = Pass::padded(dims);
   const int64_t pitch = lookup.pitch = Pass::pitch(dims);
   lookup.k = static_cast<int>(k);
-  lookup.length = several ? lookup.k + kSpare : 2;
 
   const unsigned row_blocks = blocks_for(rows, Scheme::kRows);
   const int64_t tiles = blocks_for(codes, kTileColumns);
   const int64_t to_fill = (kManyBlocks + row_blocks * heads - 1) / (row_blocks * heads);
-  const int64_t to_rescore_few = several ? 1 : (tiles + kGroupTiles - 1) / kGroupTiles;
-  const int64_t groups = std::min({std::max(to_fill, to_rescore_few), tiles, int64_t{kGroups}});
-  lookup.group_codes = static_cast<int>((tiles + groups - 1) / groups) * kTileColumns;
-  lookup.groups = static_cast<int>(blocks_for(codes, lookup.group_codes));
+  const int64_t shares = std::min({to_fill, tiles, int64_t{kGroups}});
+  const int64_t to_rescore_few =
+      several ? 1 : std::min((tiles + kGroupTiles - 1) / kGroupTiles, int64_t{kGroups});
+  Groups& groups = lookup.groups;
+  groups.codes =
+      static_cast<int>(blocks_for(tiles, std::max(shares, to_rescore_few))) * kTileColumns;
+  groups.count = static_cast<int>(blocks_for(codes, groups.codes));
+  groups.length = several ? lookup.k + kSpare : 2;
 
   const Stream stream(x);
   const auto data = [](const Tensor& tensor, auto type) {
@@ -652,7 +673,7 @@ void look_up(const Tensor& x, const Tensor& codebook, Metric metric, int64_t k,
   const Tensor starts = bytes(heads * codes, sizeof(C));
   const Tensor norms = torch::stable::new_zeros(x, {heads, 2}, ScalarType::Long);
   const Tensor bounds = empty(x, {heads, rows}, ScalarType::Double);
-  const Tensor found = bytes(heads * lookup.groups * rows * lookup.length, sizeof(Entry<C>));
+  const Tensor found = bytes(heads * groups.count * rows * groups.length, sizeof(Entry<C>));
   const bool has_centre = metric == Metric::l2;
   const ScalarType compute = compute_dtype(x.scalar_type());
   const Tensor mean = has_centre ? mean_of_codes(book, compute) : empty(x, {0}, compute);
@@ -673,10 +694,10 @@ void look_up(const Tensor& x, const Tensor& codebook, Metric metric, int64_t k,
   stream.launch("vq_prepare_rows", vq_prepare_rows<T, Pass>, warp_a_row, kThreads, lookup);
   Entry<C>* found_data = data(found, Entry<C>{});
   stream.launch("vq_scan", several ? vq_scan<Pass, true> : vq_scan<Pass, false>,
-                dim3(row_blocks, lookup.groups, heads_grid), kTileThreads,
-                Rows<Stored>{lookup.prepared_x, rows, pitch, pitch, true},
+                dim3(row_blocks, std::min<unsigned>(shares, groups.count), heads_grid),
+                kTileThreads, groups, Rows<Stored>{lookup.prepared_x, rows, pitch, pitch, true},
                 Rows<Stored>{lookup.prepared_codes, codes, pitch, pitch, true}, lookup.starts,
-                lookup.group_codes, lookup.length, found_data);
+                lookup.bounds, found_data);
   stream.launch("vq_finish", vq_finish<T, Pass>, warp_a_row, kThreads, lookup, found_data, results);
 }
 
