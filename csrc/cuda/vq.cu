@@ -734,7 +734,7 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, c
   using torch::stable::new_empty;
   const Metric metric = metric_of(metric_name);
   STD_TORCH_CHECK(k <= kMostNearest, "fastzoo: vq_nearest: k of at most ", kMostNearest,
-                  " expected on a GPU, got ", k);
+                  " expected, got ", k);
   const std::vector<int64_t> sizes = sizes_of_results(x, k);
   const Tensor indices = new_empty(x, sizes, ScalarType::Long);
   const Tensor d = new_empty(x, sizes, compute_dtype(x.scalar_type()));
