@@ -105,7 +105,9 @@ def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:
 
 def test_products_take_the_units_of_their_precision(build: tuple[Path, str]) -> None:
     sass = functions(dump(build[0], "--dump-sass"), r"Function : (\w+)")
-    scans = [(name, body) for name, body in sass if re.search("(softmax|contrastive|vq)_scan", name)]
+    scans = [
+        (name, body) for name, body in sass if re.search("(softmax|contrastive|vq)_scan", name)
+    ]
     units = {
         r"MmaScheme\w*MmaTypeE0": "HMMA.16816.F32 ",
         r"MmaScheme\w*MmaTypeE1": "HMMA.16816.F32.BF16",
