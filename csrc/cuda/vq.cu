@@ -3,7 +3,7 @@
 // and the other rows score exactly what could still win. No N x K matrix is stored.
 //   vq_prepare_codes  centred or of unit length, in the parts that the products read
 //   vq_prepare_rows   the rows of x likewise, and the bound of a row's scores
-//   vq_scan           tiles of scores; a block has one group of codes
+//   vq_scan           tiles of scores; a block has some rows and every so many-th group of codes
 //   vq_finish         a row's groups put together, exact scores where they are needed, the results
 #include "../math/vq.h"
 
@@ -30,8 +30,7 @@ constexpr int kPrepareBlocks = 512;  // at most, of codes
 constexpr int kGroups = kWarpSize;   // of codes, at most: a lane each
 constexpr int kGroupTiles = 4;       // of a group where that makes no more than these
 constexpr int kMostNearest = 2 * kWarpSize;
-constexpr int kSpare =
-    4;  // scores kept beyond the k that are wanted: a row is seldom left unproven
+constexpr int kSpare = 4;  // beyond the k scores that are wanted, so that few rows are unproven
 
 template <class C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
