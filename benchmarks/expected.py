@@ -15,7 +15,7 @@ from fastzoo.reference.boxes import box_area, box_intersection
 from fastzoo.reference.margin_softmax import margin_softmax_target, per_row
 from fastzoo.reference.nms import box_iou_with, falling_order, round_down, soft_decay
 from fastzoo.testing import SPECS
-from fastzoo.testing.losses import leaves, loss_and_gradients
+from fastzoo.testing.losses import deviation, leaves, loss_and_gradients
 
 _ROWS = 1024
 _CLASSES = 8192
@@ -23,6 +23,7 @@ _MANY_BOXES = 50_000
 # A lowered score has a rounding for each box that lowered it, and a cancellation in 1 - overlap.
 _SCORE_TOLERANCE = 1e-3
 _INERTIA_TOLERANCE = 1e-3
+_SUM_TOLERANCE = 1e-5
 
 
 def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", **_: Any) -> Tensor:
@@ -342,6 +343,9 @@ def compare(
         points = args[0].cpu()
         found = _inertia(points, torch.as_tensor(answer).cpu())
         near = math.isclose(found, _inertia(points, right), rel_tol=_INERTIA_TOLERANCE)
+        return near, float(near)
+    if op == "vq_statistics":
+        near = deviation(tuple(t.cpu() for t in answer), right) <= _SUM_TOLERANCE
         return near, float(near)
     if op == "VectorQuantize":
         same = (answer.cpu() == right).all(-1).flatten()

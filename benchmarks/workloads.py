@@ -12,6 +12,7 @@ from torch import Tensor
 import fastzoo
 from fastzoo import nn, ops
 from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
+from fastzoo.testing import vq
 from fastzoo.testing.vq import VQ_NEAREST, random_codes
 
 # vector-quantize-pytorch's defaults, of which fastzoo.nn's are the same.
@@ -66,9 +67,8 @@ def _quantize(x: Tensor, codebook: Tensor, _: Tensor) -> Callable[[], tuple[Tens
 
 
 def _eager_quantize(x: Tensor, codebook: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    codes = F.embedding(VQ_NEAREST.eager(x.detach(), codebook.detach()), codebook)
-    loss = F.mse_loss(codes, x.detach()) + 0.25 * F.mse_loss(x, codes.detach())
-    return loss, x + (codes - x).detach()
+    quantized, _, loss = vq.VQ_QUANTIZE.eager(x, codebook)
+    return loss, quantized
 
 
 def _scores_bytes(x: Tensor, codebook: Tensor, *_: Any) -> float:
@@ -116,16 +116,19 @@ VQ_QUANTIZE = Workload(
 # --- nn.VectorQuantize: a step of training, or the forward alone ----------------------------------
 
 
-def step_of(
-    module: torch.nn.Module,
-    state: dict[str, Tensor],
-    x: Tensor,
-    codebook: Tensor,
-    training: bool,
-) -> Callable[[], Any]:
-    """A call of a module that keeps ``state`` as vector-quantize-pytorch does; each begins with the
-    state of a new one, so that none depends on how many came before it."""
-    module.train(training)
+def step_of(module: Any, x: Tensor, codebook: Tensor, training: bool) -> Callable[[], Any]:
+    """A call of vector-quantize-pytorch's module, or of fastzoo's, which keeps the same state; each
+    begins with that of a new module, so that none depends on how many came before it."""
+    module = module(
+        dim=codebook.shape[1],
+        codebook_size=len(codebook),
+        decay=DECAY,
+        commitment_weight=COMMITMENT,
+        eps=EPS,
+        rotation_trick=False,
+    )
+    module.to(x.device).train(training)
+    state = dict(module._codebook.named_buffers())
     new = {
         "embed": codebook.detach(),
         "embed_avg": codebook.detach(),
@@ -147,16 +150,7 @@ def step_of(
 def _vector_quantize(
     x: Tensor, codebook: Tensor, _: Tensor, *, training: bool
 ) -> Callable[[], Any]:
-    module = nn.VectorQuantize(
-        dim=codebook.shape[1],
-        codebook_size=len(codebook),
-        decay=DECAY,
-        commitment_weight=COMMITMENT,
-        eps=EPS,
-        rotation_trick=False,
-    ).to(x.device)
-    names = ("embed", "embed_avg", "cluster_size")
-    return step_of(module, {n: getattr(module, n) for n in names}, x, codebook, training)
+    return step_of(nn.VectorQuantize, x, codebook, training)
 
 
 def _eager_vector_quantize(
@@ -167,9 +161,7 @@ def _eager_vector_quantize(
     codes = F.embedding(indices, codebook).view(x.shape)
     if not training:
         return codes
-    ones = torch.ones_like(rows[:, 0])
-    counts = torch.zeros_like(codebook[:, 0]).index_add_(0, indices, ones)
-    sums = torch.zeros_like(codebook).index_add_(0, indices, rows)
+    counts, sums = vq.VQ_STATISTICS.eager(rows, indices, k)
     cluster_size = DECAY + (1 - DECAY) * counts
     embed_avg = DECAY * codebook + (1 - DECAY) * sums
     total = cluster_size.sum()
@@ -220,11 +212,9 @@ def _kmeans(x: Tensor, initial: Tensor, *, iters: int) -> Callable[[], Tensor]:
 
 
 def _eager_kmeans(x: Tensor, initial: Tensor, *, iters: int) -> Tensor:
-    centroids, ones = initial, torch.ones_like(x[:, 0])
+    centroids = initial
     for _ in range(iters):
-        indices = VQ_NEAREST.eager(x, centroids)
-        counts = torch.zeros_like(centroids[:, 0]).index_add_(0, indices, ones)
-        sums = torch.zeros_like(centroids).index_add_(0, indices, x)
+        counts, sums = vq.VQ_STATISTICS.eager(x, VQ_NEAREST.eager(x, centroids), len(initial))
         centroids = torch.where(counts[:, None] > 0, sums / counts[:, None], centroids)
     return centroids
 
@@ -254,6 +244,37 @@ KMEANS = Workload(
 )
 
 
+# --- vq_statistics --------------------------------------------------------------------------------
+
+
+def _chosen(device: str, n: int, k: int, dim: int) -> tuple[Tensor, Tensor, int]:
+    """Vectors, and codes chosen as unevenly as training does: a few of them by many vectors."""
+    generator = torch.Generator().manual_seed(2)
+    indices = (k * torch.rand(n, generator=generator) ** 3).long()
+    return random_codes(n, 1, dim, device=device)[0], indices.to(device), k
+
+
+STATISTICS = Workload(
+    "vq_statistics",
+    "vq_statistics",
+    lambda x, indices, codes: functools.partial(ops.vq_statistics, x, indices, codes),
+    vq.VQ_STATISTICS.eager,
+    lambda *args: 0.0,
+    (
+        BenchmarkCase(
+            name="65536 x 8192 x 64",
+            shape={"n": 65536, "k": 8192, "dim": 64},
+            make=_chosen,
+            kwargs={},
+            flops=lambda x, indices, codes: 0.0,
+            bytes=lambda x, indices, codes: (
+                4.0 * (x.numel() + codes * (x.shape[1] + 1)) + 8.0 * len(x)
+            ),
+        ),
+    ),
+)
+
+
 def _also(spec: OpSpec, *cases: BenchmarkCase) -> OpSpec:
     return dataclasses.replace(spec, benchmarks=spec.benchmarks + cases)
 
@@ -261,7 +282,13 @@ def _also(spec: OpSpec, *cases: BenchmarkCase) -> OpSpec:
 def _option(spec: OpSpec, case: str, **kwargs: Any) -> BenchmarkCase:
     known = next(known for known in spec.benchmarks if known.name == case)
     listed = ", ".join(str(value) for value in kwargs.values())
-    return dataclasses.replace(known, name=f"{case}, {listed}", kwargs=kwargs)
+    return dataclasses.replace(
+        known,
+        name=f"{case}, {listed}",
+        kwargs=kwargs,
+        flops=lambda *args, **_: known.flops(*args),
+        bytes=lambda *args, **_: known.bytes(*args),
+    )
 
 
 MEASURED: dict[str, OpSpec | Workload] = {
@@ -271,5 +298,5 @@ MEASURED: dict[str, OpSpec | Workload] = {
         _option(VQ_NEAREST, "16384 x 8192 x 64", metric="cosine"),
         _option(VQ_NEAREST, "16384 x 8192 x 64", precision="fast"),
     ),
-    **{work.name: work for work in (VQ_QUANTIZE, VECTOR_QUANTIZE, KMEANS)},
+    **{work.name: work for work in (VQ_QUANTIZE, VECTOR_QUANTIZE, STATISTICS, KMEANS)},
 }

@@ -1,28 +1,18 @@
 """vector-quantize-pytorch's VectorQuantize, with the same weights and options."""
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from benchmarks.implementation import Implementation, Loss, require, require_memory
-from benchmarks.workloads import COMMITMENT, DECAY, EPS, step_of
+from benchmarks.workloads import step_of
 
 
 def _vector_quantize(x: Tensor, codebook: Tensor, _: Tensor, *, training: bool) -> Any:
     package = require("vector_quantize_pytorch")
     # Its distances, their one-hot answer in int64, and that in float32.
     require_memory(16.0 * x.numel() / x.shape[-1] * len(codebook), x.device.type)
-    module = package.VectorQuantize(
-        dim=codebook.shape[1],
-        codebook_size=len(codebook),
-        decay=DECAY,
-        commitment_weight=COMMITMENT,
-        eps=EPS,
-        rotation_trick=False,
-    ).to(x.device)
-    state = dict(module._codebook.named_buffers())
-    call: Callable[[], Any] = step_of(module, state, x, codebook, training)
+    call = step_of(package.VectorQuantize, x, codebook, training)
     return Loss(call, (x,)) if training else call
 
 
