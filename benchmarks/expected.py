@@ -89,17 +89,17 @@ def vector_quantize_eval(x: Tensor, codebook: Tensor, *_: Any, **__: Any) -> Ten
 
 
 def kmeans(x: Tensor, initial: Tensor, *, iters: int) -> Tensor:
-    """The centroids after so many rounds in float64; one without points stays where it is."""
+    """The inertia after so many rounds in float64; a centroid without points stays."""
     points, centroids = x.double(), initial.double()
     for _ in range(iters):
         counts, sums = reference.vq_statistics(points, vq_nearest(x, centroids), len(initial))
         centroids = torch.where(counts[:, None] > 0, sums / counts[:, None], centroids)
-    return centroids
+    return _inertia(x, centroids)
 
 
-def _inertia(x: Tensor, centroids: Tensor) -> float:
+def _inertia(x: Tensor, centroids: Tensor) -> Tensor:
     wide = centroids.double()
-    return float((x.double() - wide[vq_nearest(x, wide)]).square().sum())
+    return (x.double() - wide[vq_nearest(x, wide)]).square().sum()
 
 
 def _double_leaf(t: Tensor) -> Tensor:
@@ -335,14 +335,13 @@ def compare(
 
     Overlaps are right within the tolerance of their operator for ``args``, a fast lookup within
     that of its precision, and centroids where their inertia is within a thousandth of the right
-    one's. The share of what is found (boxes, detections, peaks) is taken of sets, since peers may
+    one. The share of what is found (boxes, detections, peaks) is taken of sets, since peers may
     order equal scores in another way and leave out the padding; one whose score is off is not
     right.
     """
     if op == "kmeans":
-        points = args[0].cpu()
-        found = _inertia(points, torch.as_tensor(answer).cpu())
-        near = math.isclose(found, _inertia(points, right), rel_tol=_INERTIA_TOLERANCE)
+        found = _inertia(args[0].cpu(), torch.as_tensor(answer).cpu())
+        near = math.isclose(found, right, rel_tol=_INERTIA_TOLERANCE)
         return near, float(near)
     if op == "vq_statistics":
         near = deviation(tuple(t.cpu() for t in answer), right) <= _SUM_TOLERANCE

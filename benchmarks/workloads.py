@@ -12,8 +12,7 @@ from torch import Tensor
 import fastzoo
 from fastzoo import nn, ops
 from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
-from fastzoo.testing import vq
-from fastzoo.testing.vq import VQ_NEAREST, random_codes
+from fastzoo.testing.vq import VQ_NEAREST, VQ_QUANTIZE, VQ_STATISTICS, random_codes
 
 # vector-quantize-pytorch's defaults, of which fastzoo.nn's are the same.
 DECAY, EPS, COMMITMENT = 0.8, 1e-5, 1.0
@@ -67,7 +66,7 @@ def _quantize(x: Tensor, codebook: Tensor, _: Tensor) -> Callable[[], tuple[Tens
 
 
 def _eager_quantize(x: Tensor, codebook: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    quantized, _, loss = vq.VQ_QUANTIZE.eager(x, codebook)
+    quantized, _, loss = VQ_QUANTIZE.eager(x, codebook)
     return loss, quantized
 
 
@@ -103,7 +102,7 @@ def _quantize_case(n: int, k: int, dim: int) -> BenchmarkCase:
     )
 
 
-VQ_QUANTIZE = Workload(
+QUANTIZE = Workload(
     "vq_quantize",
     "vq_quantize",
     _quantize,
@@ -161,7 +160,7 @@ def _eager_vector_quantize(
     codes = F.embedding(indices, codebook).view(x.shape)
     if not training:
         return codes
-    counts, sums = vq.VQ_STATISTICS.eager(rows, indices, k)
+    counts, sums = VQ_STATISTICS.eager(rows, indices, k)
     cluster_size = DECAY + (1 - DECAY) * counts
     embed_avg = DECAY * codebook + (1 - DECAY) * sums
     total = cluster_size.sum()
@@ -214,7 +213,7 @@ def _kmeans(x: Tensor, initial: Tensor, *, iters: int) -> Callable[[], Tensor]:
 def _eager_kmeans(x: Tensor, initial: Tensor, *, iters: int) -> Tensor:
     centroids = initial
     for _ in range(iters):
-        counts, sums = vq.VQ_STATISTICS.eager(x, VQ_NEAREST.eager(x, centroids), len(initial))
+        counts, sums = VQ_STATISTICS.eager(x, VQ_NEAREST.eager(x, centroids), len(initial))
         centroids = torch.where(counts[:, None] > 0, sums / counts[:, None], centroids)
     return centroids
 
@@ -258,7 +257,7 @@ STATISTICS = Workload(
     "vq_statistics",
     "vq_statistics",
     lambda x, indices, codes: functools.partial(ops.vq_statistics, x, indices, codes),
-    vq.VQ_STATISTICS.eager,
+    VQ_STATISTICS.eager,
     lambda *args: 0.0,
     (
         BenchmarkCase(
@@ -298,5 +297,5 @@ MEASURED: dict[str, OpSpec | Workload] = {
         _option(VQ_NEAREST, "16384 x 8192 x 64", metric="cosine"),
         _option(VQ_NEAREST, "16384 x 8192 x 64", precision="fast"),
     ),
-    **{work.name: work for work in (VQ_QUANTIZE, VECTOR_QUANTIZE, STATISTICS, KMEANS)},
+    **{work.name: work for work in (QUANTIZE, VECTOR_QUANTIZE, STATISTICS, KMEANS)},
 }

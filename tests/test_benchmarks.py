@@ -438,9 +438,18 @@ SMALL = {
     "box_iou": {"n": 20, "m": 30},
     "complete_box_iou_loss": {"n": 20},
     "vq_nearest": {"n": 20, "k": 30, "dim": 4},
+    "vq_quantize": {"n": 20, "k": 30, "dim": 4},
+    "VectorQuantize": {"n": 20, "k": 30, "dim": 4},
+    "vq_statistics": {"n": 20, "k": 30, "dim": 4},
+    "kmeans": {"n": 200, "k": 30, "dim": 4},
     "margin_softmax_loss": FACES,
     "clip_loss": PAIRS,
 }
+
+
+def _is_fast(row: Row) -> bool:
+    """Codes that are near enough to the best need not be the best."""
+    return row.problem.case.kwargs.get("precision") == "fast"
 
 
 def _answers(names: set[str], op: str) -> None:
@@ -448,7 +457,8 @@ def _answers(names: set[str], op: str) -> None:
         for row in select(op, device="cpu", case=case, shape=SMALL[op], peers=names):
             record = measure_row(row, budget=0.001)
             assert "error" not in record, record
-            assert record.get("equal") == 1.0 or record["reason"], record
+            right = record.get("equal") == 1.0 or _is_fast(row)
+            assert right or record["reason"], record
 
 
 def test_every_operator_that_is_measured_has_a_small_case() -> None:

@@ -17,9 +17,7 @@ def _faiss(x: Tensor) -> Any:
     return faiss
 
 
-def _vq_nearest(
-    x: Tensor, codebook: Tensor, *, metric: str = "l2", **_: Any
-) -> Callable[[], Any]:
+def _vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", **_: Any) -> Callable[[], Any]:
     faiss = _faiss(x)
     if metric == "cosine":
         index = faiss.IndexFlatIP(codebook.shape[1])
