@@ -28,7 +28,7 @@ BATCH, RATE, STEPS = 128, 5e-3, 800
 BETA, DECAY = 0.25, 0.95
 # What both ways of training have to reach, and how many times as far off fixed codes have to be.
 LARGEST_ERROR, LEAST_PERPLEXITY, LEAST_GAIN = 0.006, 25.0, 3.0
-SHOWN = 16
+SHOWN = 12
 OUTPUT = Path(__file__).parent.parent / "docs" / "images" / "vqvae-digits.png"
 INK, ACCENT = "#1b2a3a", "#e4572e"
 
@@ -163,12 +163,12 @@ def passed(fused: Outcome, reference: Outcome, fixed: Outcome) -> bool:
 
 def draw(originals: Tensor, fused: Outcome, fixed: Outcome, output: Path) -> None:
     figure, (tiles, bars) = pyplot.subplots(
-        1, 2, figsize=(13, 3.1), width_ratios=(3, 1), layout="constrained"
+        1, 2, figsize=(13, 2.9), width_ratios=(3.2, 1), layout="constrained"
     )
     rows = {
         "scans": originals,
-        f"16 codes of {CODES}, {fused.error:.4f}": fused.rebuilt,
-        f"random codes, {fixed.error:.4f}": fixed.rebuilt,
+        f"16 trained codes\nerror {fused.error:.4f}": fused.rebuilt,
+        f"16 random codes\nerror {fixed.error:.4f}": fixed.rebuilt,
     }
     strips = [F.pad(images[:SHOWN, 0], (0, 1, 0, 1), value=torch.nan) for images in rows.values()]
     mosaic = torch.cat([torch.cat(list(strip), 1) for strip in strips])
@@ -178,13 +178,12 @@ def draw(originals: Tensor, fused: Outcome, fixed: Outcome, output: Path) -> Non
     tiles.set_xticks([])
     tiles.tick_params(length=0)
     tiles.set_title("digits that were not trained with", loc="left", fontsize=11, color=INK)
-    for outcome, colour, name in ((fixed, "#9fb3c8", "random"), (fused, ACCENT, "trained")):
-        label = f"{name}: as many as {outcome.perplexity:.0f} used equally"
-        bars.bar(range(CODES), outcome.usage, width=1, color=colour, alpha=0.7, label=label)
+    for outcome, colour, name in ((fixed, INK, "random"), (fused, ACCENT, "trained")):
+        label = f"{name}, perplexity {outcome.perplexity:.1f}"
+        bars.stairs(outcome.usage, color=colour, linewidth=1.5, label=label)
     bars.set_yscale("log")
-    bars.set_ylim(bottom=1e-4)
-    bars.set_xlabel("code, the most used first")
-    bars.set_title("share of the vectors", loc="left", fontsize=11, color=INK)
+    bars.set_xlabel("the 64 codes, the most used first")
+    bars.set_title("share of the test images' places", loc="left", fontsize=11, color=INK)
     bars.legend(frameon=False, fontsize=8)
     for axes in (tiles, bars):
         axes.spines[:].set_visible(False)
