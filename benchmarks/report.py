@@ -23,13 +23,12 @@ that a decoder sends back, and a step of a module with the state that it leaves:
 starts from the same state, and copies that in. Of a lookup in fast precision each code must be as
 near to the best as its documentation says; of k-means the inertia of the centroids, of the same
 initial ones after the same rounds, must be within a thousandth of that in float64. Times are
-medians; what a user of a
-peer does once (building an index, converting boxes, compiling) is not counted. A ratio is a peer's
-time over fastzoo's: above 1, fastzoo is faster. Memory is the peak beyond the inputs and the
-gradients; on a CPU it is seen every 0.2 ms, so a short call shows none. `floor` is the share of the
-least possible time: the case's operations (of a loss of scores four matrix products, the least
-there is without the logits in memory) at the fastest matrix product that torch reaches on the
-machine, or its bytes at the speed of a copy.
+medians; what a user of a peer does once (building an index, converting boxes, compiling) is not
+counted. A ratio is a peer's time over fastzoo's: above 1, fastzoo is faster. Memory is the peak
+beyond the inputs and the gradients; on a CPU it is seen every 0.2 ms, so a short call shows none.
+`floor` is the share of the least possible time: the case's operations (of a loss of scores four
+matrix products, the least there is without the logits in memory) at the fastest matrix product that
+torch reaches on the machine, or its bytes at the speed of a copy.
 
 Measure your own machine with `make bench`, or `python -m fastzoo selftest --bench` where only the
 package is installed.

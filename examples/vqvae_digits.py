@@ -173,14 +173,14 @@ def draw(originals: Tensor, fused: Outcome, fixed: Outcome, output: Path) -> Non
     strips = [F.pad(images[:SHOWN, 0], (0, 1, 0, 1), value=torch.nan) for images in rows.values()]
     mosaic = torch.cat([torch.cat(list(strip), 1) for strip in strips])
     shades = pyplot.get_cmap("Blues").with_extremes(bad="#c3ced8")
-    tiles.imshow(mosaic, cmap=shades, vmin=0, vmax=1, interpolation="nearest")
+    tiles.imshow(mosaic.numpy(), cmap=shades, vmin=0, vmax=1, interpolation="nearest")
     tiles.set_yticks([4 + 9 * row for row in range(len(rows))], list(rows), color=INK)
     tiles.set_xticks([])
     tiles.tick_params(length=0)
     tiles.set_title("digits that were not trained with", loc="left", fontsize=11, color=INK)
     for outcome, colour, name in ((fixed, INK, "random"), (fused, ACCENT, "trained")):
         label = f"{name}, perplexity {outcome.perplexity:.1f}"
-        bars.stairs(outcome.usage, color=colour, linewidth=1.5, label=label)
+        bars.stairs(outcome.usage.numpy(), color=colour, linewidth=1.5, label=label)
     bars.set_yscale("log")
     bars.set_xlabel("the 64 codes, the most used first")
     bars.set_title("share of the test images' places", loc="left", fontsize=11, color=INK)

@@ -653,7 +653,7 @@ def test_pytest_collects_and_runs_rows() -> None:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-disable"]
     run = subprocess.run(
-        [*command, "-k", "1 and box and eager or vq and 1024 and faiss"],
+        [*command, "-k", "1 and box and eager or vq_nearest and 1024 and faiss"],
         cwd=ROOT,
         capture_output=True,
         text=True,
