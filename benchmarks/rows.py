@@ -35,7 +35,7 @@ def _fastzoo(spec: OpSpec | Workload, backend: str, *args: Any, **kwargs: Any) -
     return Loss(call, wanted) if wanted else call
 
 
-def _in_float32(spec: OpSpec, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+def _in_float32(spec: OpSpec | Workload, *args: Any, **kwargs: Any) -> Callable[[], Any]:
     if _native.cpu_capability() != "avx512_bf16":
         raise Unavailable("the default is the same: this CPU has no products in bfloat16")
     call = prepared(spec, "cpu", *args, **kwargs)
