@@ -347,7 +347,7 @@ def match_tile(generation: int, dtype: torch.dtype, dims: int) -> Tile:
 
 
 def vq_nearest(
-    x: torch.Tensor, codebook: torch.Tensor, metric: str
+    x: torch.Tensor, codebook: torch.Tensor, mask: torch.Tensor, metric: str, k: int, precision: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The index of each row's nearest code, int64, and the distance (l2) or similarity to it."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -49,24 +49,32 @@ FASTZOO_HD double exact_score(Metric metric, const X& x, const Code& c, int64_t 
 //           and (n+2) 2^-53 (a+b)^2 / 2 for the definition's own rounding;
 //   others: gamma(n+1) ab + unit ab for rounding c/|c|, and (n+3) 2^-53 ab for the definition;
 //           cosine also n 2^-53 ab where the fast pass sums |c| in another order.
-// All are below the expression used, for n <= 65536 and while no partial sum of the fast pass can
-// overflow; beyond that nothing is proven and every code is a candidate. The last term covers
+// All are below the first two terms used, for n <= 65536 and while no partial sum of the fast pass
+// can overflow; beyond that nothing is proven and every code is a candidate. The second term covers
 // results that underflow, flushed to zero or not. For cosine, b is infinite where a |c| is.
 // a and b come from norm_above(): a norm taken in double, never too small.
+//
+// Where the fast pass multiplies rounded operands x~ and c~ instead of x' and c', a_lost and b_lost
+// are the norms of what they lack, |x' - x~| and max |c' - c~|, taken likewise:
+//   |x'.c' - x~.c~| <= |x'| |c' - c~| + |x' - x~| |c~|  <=  a b_lost + a_lost (b + b_lost)
+// Then n is the number of products that are added up; norms of x~ and c~ within 2^-8 of a and b
+// leave the other terms above what they bound. Matrix instructions align and truncate the terms of
+// one step: a unit of 2^-22 covers them.
 // A code whose fast score s satisfies s < best - 2 bound cannot be the answer; written as
 // "not less", the test keeps every code when anything is NaN or infinite.
 FASTZOO_HD double norm_above(double sum_of_squares, int64_t n) {
   return __builtin_sqrt(sum_of_squares + static_cast<double>(n) * 0x1p-1022);
 }
 
-FASTZOO_HD double score_bound(Metric metric, int64_t n, double a, double b, double unit,
-                              double smallest) {
+FASTZOO_HD double score_bound(Metric metric, int64_t n, double a, double b, double a_lost,
+                              double b_lost, double unit, double smallest) {
   const double largest_sum = unit > 0x1p-40 ? 1e38 : 1e307;
   if (n > 65536 || !(a * b + b * b < largest_sum)) return __builtin_inf();
   const double scale = metric == Metric::l2 ? (a + b) * (a + b) / 2 : a * b;
   const double roundings = static_cast<double>(n + 8);
   const double largest = a > b ? a : b;
-  return 1.02 * roundings * (unit + 0x1p-52) * scale + 4 * roundings * smallest * (1 + largest);
+  return 1.04 * (roundings * (unit + 0x1p-52) * scale + a * b_lost + a_lost * (b + b_lost)) +
+         4 * roundings * smallest * (1 + largest);
 }
 
 }  // namespace fastzoo::math

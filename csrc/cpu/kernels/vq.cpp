@@ -315,7 +315,7 @@ struct Rows {
     const double a = math::norm_above(square, args.dims);
     const double b = args.largest_norm;
     const double bound =
-        math::score_bound(args.metric, args.dims, a, b, Limits<T>::unit, Limits<T>::smallest);
+        math::score_bound(args.metric, args.dims, a, b, 0, 0, Limits<T>::unit, Limits<T>::smallest);
     const double size = args.metric == Metric::l2 ? (a + b) * (a + b) / 2 : a * b;
     // The subtraction best - margin rounds too; size bounds both of its ends.
     const double wanted = (2 * bound + 2 * Limits<T>::unit * (size + 2 * bound)) * (1 + 0x1p-20);
