@@ -169,12 +169,12 @@ class _Codebook(nn.Module):
         if mask is not None:
             lots = lots.masked_fill(~mask, -1.0)
         # A rank may win all places, and none beyond them.
-        lots, own = lots.sort(1, descending=True, stable=True)
+        lots, own = lots.sort(dim=1, descending=True, stable=True)
         missing = (0, max(0, codes - n))
         lots, own = F.pad(lots[:, :codes], missing, value=-1.0), F.pad(own[:, :codes], missing)
         lots = Batch(None, rank, (heads,) * ranks).gather(lots)
         lots = lots.view(ranks, heads, codes).transpose(0, 1).flatten(1)
-        lots, winners = lots.sort(1, descending=True, stable=True)
+        lots, winners = lots.sort(dim=1, descending=True, stable=True)
         places = places.clamp(0, codes - 1)
         found = lots.gather(1, places) >= 0
         winner = winners.gather(1, places)
@@ -185,7 +185,7 @@ class _Codebook(nn.Module):
             drawn = sum_over(torch.where(mine[..., None], drawn, 0), None)
         return drawn, found
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def initialize_(self, rows: Tensor, mask: Tensor | None) -> None:
         """The first codes, by k-means over the vectors ``rows [N, H, D]`` of all ranks."""
@@ -193,8 +193,8 @@ class _Codebook(nn.Module):
         if bool(self.initted):
             return
         heads, codes, _ = self.embed.shape
-        number = mask.sum() if mask is not None else torch.tensor(len(rows), device=rows.device)
-        number = int(self.over_ranks(number))
+        here = mask.sum() if mask is not None else torch.tensor(len(rows), device=rows.device)
+        number = int(self.over_ranks(here))
         if number == 0:
             raise ValueError("x: expected vectors for k-means to initialise the codebook, got none")
         places = torch.arange(codes, device=rows.device) % number
@@ -244,9 +244,7 @@ class _Quantizer(nn.Module):
         self.project_out: nn.Module = nn.Identity()
         if self.has_projections:
             linear = nn.Linear(dim, width)
-            self.project_in = (
-                nn.Sequential(linear, nn.LayerNorm(width)) if layernorm else linear
-            )
+            self.project_in = nn.Sequential(linear, nn.LayerNorm(width)) if layernorm else linear
             self.project_out = nn.Linear(width, dim)
         self.channel_last = channel_last
         self.accept_image_fmap = accept_image_fmap
@@ -499,18 +497,20 @@ class VectorQuantize(_Quantizer):
 
         trains = self.training and not freeze
         moves = self.ema_update if ema_update is None else ema_update
-        counts_codes = (moves or book.threshold_ema_dead_code > 0) and trains and updates_state(self)
-        # A parameter is what backward reads; the update must not change that.
-        embed = book.embed.to(rows.dtype)
-        if counts_codes and embed.requires_grad:
-            embed = embed.clone()
-        codes = embed if self.learnable_codebook else embed.detach()
+        counted = moves or book.threshold_ema_dead_code > 0
+        counts_codes = counted and trains and updates_state(self)
+        codes = book.embed.to(rows.dtype)
+        if counts_codes and codes.requires_grad:
+            # The backward reads them, after dead ones were replaced.
+            codes = codes.clone()
         weight = max(0.0, self.commitment_weight) if self.training else 0.0
         learns = self.learnable_codebook and trains
         regularizes = self.orthogonal_reg_weight > 0 and self.training
         estimator = "rotation" if self.rotation_trick else "ste"
         if not (self.training and routes and self.route_gradients_to_input):
             estimator = "none"
+        if weight == 0 and estimator == "none":
+            rows = rows.detach()
         result = ops.vq_quantize(
             rows,
             codes if separate else codes[0],
@@ -526,8 +526,6 @@ class VectorQuantize(_Quantizer):
         if weight > 0 and learns:
             # One distance, which draws both its ends.
             loss = loss - loss.detach() / 2
-        if regularizes:
-            loss = loss + self.orthogonal_reg_weight * self._orthogonality(embed, result.counts)
         if counts_codes:
             counts = book.over_ranks(result.counts.view_as(book.cluster_size))
             sums = book.over_ranks(result.sums.view_as(book.embed_avg))
@@ -537,6 +535,8 @@ class VectorQuantize(_Quantizer):
                 book.track_(counts, sums)
             if replaces and book.threshold_ema_dead_code > 0:
                 book.replace_dead_(*self._flat(rows.detach(), mask))
+        if regularizes:
+            loss = loss + self.orthogonal_reg_weight * self._orthogonality(result.counts)
         quantized = result.quantized
         return quantized.flatten(-2) if self.heads > 1 else quantized, result.indices, loss
 
@@ -545,9 +545,9 @@ class VectorQuantize(_Quantizer):
         heads, _, dim = self._codebook.embed.shape
         return rows.reshape(-1, heads, dim), None if mask is None else mask.reshape(-1)
 
-    def _orthogonality(self, embed: Tensor, counts: Tensor) -> Tensor:
+    def _orthogonality(self, counts: Tensor) -> Tensor:
         """The mean squared cosine of two codes, less what a code has with itself."""
-        codes = F.normalize(embed, dim=-1, eps=1e-6)
+        codes = F.normalize(self._codebook.embed, dim=-1, eps=1e-6)
         heads, number, _ = codes.shape
         total: Tensor | int = number
         active = counts > 0 if self.orthogonal_reg_active_codes_only else None
@@ -717,9 +717,7 @@ class ResidualVQ(_Quantizer):
         residual = self.project_in(tokens)
         residual = residual.to(compute_dtype(first.codebook))
         total: Tensor | None = None
-        for stage in self._stages[: last + 1]:
-            if total is not None:
-                residual = residual - self._passed_on(quantized)
+        for number, stage in enumerate(self._stages[: last + 1]):
             if self.shared_codebook:
                 inputs.append(residual.detach())
             quantized, chosen, loss = stage._quantize(
@@ -732,6 +730,8 @@ class ResidualVQ(_Quantizer):
             total = quantized if total is None else total + quantized
             found.append(chosen)
             losses.append(loss)
+            if number < last:
+                residual = residual - self._passed_on(quantized)
         assert total is not None
         if self.shared_codebook and not freeze and updates_state(self):
             self._move_shared(inputs, mask)
