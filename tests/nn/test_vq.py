@@ -547,3 +547,18 @@ def test_no_memory_of_vectors_times_codes() -> None:
     train()
     # In float32 the distances alone would take 128 MB.
     assert peak_memory(train, "cpu") < n * codes * 4 / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_module_in_half_precision_keeps_counting(dtype: torch.dtype) -> None:
+    mine, _ = both(decay=0.999)
+    wide = copy.deepcopy(mine)
+    mine.to(dtype)
+    x = torch.randn(2, 50, DIM).to(dtype)
+    assert mine(x)[0].dtype == dtype
+    assert mine.codebook.dtype == dtype
+    wide.codebook = wide.codebook.to(dtype).float()
+    wide(x.float())
+    same(mine._codebook.cluster_size, wide._codebook.cluster_size)
+    same(mine._codebook.embed_avg, wide._codebook.embed_avg)
+    same(mine.codebook, wide.codebook.to(dtype), rtol=torch.finfo(dtype).eps)
