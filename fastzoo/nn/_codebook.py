@@ -150,8 +150,8 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def initialize_(self, rows: Tensor, mask: Tensor | None) -> None:
         """The first codes, by k-means over the vectors ``rows [N, H, D]`` of all ranks."""
-        self.ready = True
         if bool(self.initted):
+            self.ready = True
             return
         heads, codes, _ = self.embed.shape
         here = mask.sum() if mask is not None else torch.tensor(len(rows), device=rows.device)
@@ -171,3 +171,4 @@ class Codebook(nn.Module):
         self.cluster_size.copy_(counts)
         self.embed_avg.copy_(means * used)
         self.initted.fill_(True)
+        self.ready = True

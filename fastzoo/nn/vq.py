@@ -230,7 +230,7 @@ class VectorQuantize(_Quantizer):
             )
         codebook_dim = dim if codebook_dim is None else codebook_dim
         sizes = {"dim": dim, "codebook_size": codebook_size, "codebook_dim": codebook_dim}
-        for name, value in {**sizes, "heads": heads}.items():
+        for name, value in {**sizes, "heads": heads, "kmeans_iters": kmeans_iters}.items():
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         super().__init__(
