@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastzoo import ops
 from fastzoo.nn._codebook import Codebook
 from fastzoo.nn._state import updates_state
+from fastzoo.ops._checks import check_floating, check_tensor
 from fastzoo.ops._collectives import sum_over, world
 from fastzoo.reference.precision import compute_dtype
 
@@ -108,8 +109,8 @@ class _Quantizer(nn.Module):
         self, x: Tensor, mask: Tensor | None, lens: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The input with its channels last, and the mask."""
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        check_tensor("x", x, "[..., dim]", -1)
+        check_floating("x", x)
         rank = 4 if self.accept_image_fmap else 5 if self.accept_3d_fmap else x.dim()
         channels = 1 if self._maps and x.dim() > 2 else -1
         if x.dim() != rank or x.dim() < 2 or x.shape[channels] != self.dim:
@@ -176,7 +177,8 @@ class VectorQuantize(_Quantizer):
         precision: ``exact`` or ``fast``, see :func:`fastzoo.ops.vq_quantize`.
 
     A step quantises first and updates the codebook afterwards, so indices, output and loss belong
-    to one codebook. A forward that activation checkpointing runs again does not update.
+    to one codebook. A forward that activation checkpointing runs again does not update,
+    but sees the codebook as it has moved.
 
     Source: van den Oord et al., Neural Discrete Representation Learning (2017).
     """

@@ -435,11 +435,15 @@ def test_a_module_in_float64() -> None:
         {"threshold_ema_dead_code": 2},
         {"heads": 2, "codebook_dim": 3, "separate_codebook_per_head": True},
         {"use_cosine_sim": True},
+        {"kmeans_init": True},
     ],
-    ids=["plain", "dead", "heads", "cosine"],
+    ids=["plain", "dead", "heads", "cosine", "kmeans"],
 )
 def test_one_graph(option: dict[str, Any]) -> None:
     mine, _ = both(**option)
+    if option.get("kmeans_init"):
+        # The first batch waits for the device; no later one does.
+        mine(torch.randn(2, 9, DIM))
     other = copy.deepcopy(mine)
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     for seed in range(2):
@@ -526,6 +530,7 @@ def test_every_argument_of_the_peer_is_known(kind: str) -> None:
     [
         ({"x": torch.zeros(2, 3, DIM + 1)}, "x: expected"),
         ({"x": torch.zeros(2, 3, DIM), "mask": torch.ones(2, 2).bool()}, "mask: expected"),
+        ({"x": torch.zeros(2, DIM), "lens": torch.ones(2), "mask": torch.ones(2).bool()}, "lens"),
         ({"x": torch.zeros(2, 3, DIM), "topk": 2}, "topk: .*vq_nearest"),
         ({"x": torch.zeros(2, 3, DIM), "indices": torch.zeros(2, 3).long()}, "indices: "),
     ],
@@ -533,6 +538,10 @@ def test_every_argument_of_the_peer_is_known(kind: str) -> None:
 def test_bad_calls_name_the_argument(call: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         VectorQuantize(DIM, CODES)(**call)
+    with pytest.raises(ValueError, match="precision: expected"):
+        VectorQuantize(DIM, CODES, precision="low")(torch.zeros(2, DIM))
+    with pytest.raises(TypeError, match="x: expected float32"):
+        VectorQuantize(DIM, CODES)(torch.zeros(2, DIM).long())
 
 
 def test_no_memory_of_vectors_times_codes() -> None:
