@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 from typing import Any
 
 import pytest
@@ -75,6 +76,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "route_gradients_to_input": False,
     },
     "frozen": {"freeze_codebook": True},
+    "learnable-frozen": {
+        "learnable_codebook": True,
+        "ema_update": False,
+        "freeze_codebook": True,
+    },
     "counted": {"manual_ema_update": True},
     "decay": {"decay": 0.3, "eps": 1e-2, "commitment_weight": 0.25},
     "uncommitted": {"commitment_weight": 0.0},
@@ -98,6 +104,19 @@ def test_training_steps_are_the_peers(name: str) -> None:
     before = copy.deepcopy(mine.state_dict())
     same(step(mine, x), step(theirs, x))
     same(mine.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_orthogonality_of_drawn_codes(active: bool) -> None:
+    options = {"orthogonal_reg_weight": 1.0, "orthogonal_reg_active_codes_only": active}
+    mine, _ = both(**options, orthogonal_reg_max_codes=4, commitment_weight=0.0, ema_update=False)
+    _, indices, loss = mine(torch.randn(1, 6, DIM))
+    codes = indices.unique() if active else torch.arange(CODES)
+    cosine = F.normalize(mine.codebook[codes], dim=-1)
+    square = (cosine @ cosine.T).square()
+    drawn = list(itertools.combinations(range(len(codes)), 4))
+    values = torch.stack([square[list(own)][:, list(own)].mean() - 1 / 4 for own in drawn])
+    assert (values - loss).abs().amin() < 1e-6
 
 
 def mask_of(shape: tuple[int, ...], seed: int = 5) -> Tensor:
