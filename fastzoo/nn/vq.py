@@ -350,10 +350,6 @@ class VectorQuantize(_Quantizer):
         moves = self.ema_update if ema_update is None else ema_update
         counted = moves or book.threshold_ema_dead_code > 0
         counts_codes = counted and trains and updates_state(self)
-        codes = book.embed.to(rows.dtype)
-        if counts_codes and codes.requires_grad:
-            # The backward reads them, after dead ones were replaced.
-            codes = codes.clone()
         weight = max(0.0, self.commitment_weight) if self.training else 0.0
         learns = self.learnable_codebook and trains
         regularizes = self.orthogonal_reg_weight > 0 and self.training
@@ -362,6 +358,12 @@ class VectorQuantize(_Quantizer):
             estimator = "none"
         if weight == 0 and estimator == "none":
             rows = rows.detach()
+        codes = book.embed.to(rows.dtype)
+        if not (learns or estimator == "none"):
+            codes = codes.detach()
+        elif counts_codes and codes.requires_grad:
+            # The backward reads them, after the dead ones were replaced.
+            codes = codes.clone()
         result = ops.vq_quantize(
             rows,
             codes if separate else codes[0],
