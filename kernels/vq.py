@@ -28,7 +28,7 @@ import triton.language as tl
 from fastzoo.reference.precision import compute_dtype
 
 from .runtime import EXACT, FUSED, INTERPRETER, CompileCase, generation, on_device_of
-from .score_tiles import TRITON_TYPES
+from .score_tiles import TRITON_TYPES, short_name
 
 METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 L2 = tl.constexpr(METRICS["l2"])
@@ -931,3 +931,174 @@ def vq_quantize(
     factor = torch.full((1,), codebook_weight + beta, dtype=torch.float64, device=x.device)
     losses = _finish(x, codebook, indices, "l2", quantized, factor)
     return quantized.view(*shape, -1), losses.view(shape), indices.view(shape)
+
+
+def compile_cases(generation: int) -> list[CompileCase]:
+    machine = known(generation)
+    cases = []
+
+    def add(
+        name: str,
+        kernel: Any,
+        types: dict[str, str],
+        constants: dict[str, Any],
+        options: dict[str, Any] = EXACT,
+        **checks: Any,
+    ) -> None:
+        cases.append(CompileCase(name, kernel, types, constants, options, **checks))
+
+    def sizes(*names: str) -> dict[str, str]:
+        return dict.fromkeys(names, "i32")
+
+    for (product, products), table in TILES[machine].items():
+        stored = f"*{short_name(product)}"
+        summed = "*fp64" if product == torch.float64 else "*fp32"
+        low = {"x_low": stored, "code_low": stored} if products == 3 else {}
+        for largest, _ in table:
+            for k in (1, 8):
+                dims = 1024 if largest == float("inf") else int(largest)
+                tile, padded_dims = match_tile(machine, product, products, dims, k)
+                add(
+                    f"match-{short_name(product)}-{products}-d{dims}-k{k}",
+                    _match_kernel,
+                    {
+                        **{"x_high": stored, "code_high": stored, **low, "bias": summed},
+                        **{"scores": summed, "groups": "*i64", "left_out": summed},
+                        **sizes("rows", "heads", "padded_dims", "tiles", "all_tiles"),
+                    },
+                    {
+                        "SINGLE": k == 1,
+                        "RESIDENT": padded_dims == tile.dims,
+                        "SLOTS": tile.slots,
+                        "ENTRIES": entries_of(k),
+                        "BLOCK_M": tile.rows,
+                        "BLOCK_N": tile.codes,
+                        "BLOCK_D": tile.dims,
+                    },
+                    {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **FUSED},
+                    multiples=("padded_dims",),
+                    vector_loads=True,
+                    fused=True,
+                    instructions=() if product == torch.float64 else ("mma",),
+                )
+
+    for type_, product, products in (
+        ("fp32", torch.bfloat16, 3),
+        ("fp32", torch.bfloat16, 1),
+        ("bf16", torch.bfloat16, 3),
+        ("fp64", torch.float64, 1),
+    ):
+        given = f"*{type_}"
+        stored = f"*{short_name(product)}"
+        summed = "*fp64" if product == torch.float64 else "*fp32"
+        if not (type_ == "fp32" and products == 1):
+            add(
+                f"norms-{type_}",
+                _norms_kernel,
+                {"codebook": given, "norms": "*fp64", **sizes("codes", "dims")},
+                {"BLOCK": BLOCK_ROWS},
+                instructions=("sqrt.rn.f64",),
+            )
+            add(
+                f"quantize-{type_}",
+                _finish_kernel,
+                {
+                    **{"x": given, "codebook": given, "indices": "*i64", "values": summed},
+                    **{"quantized": given, "factor": "*fp64"},
+                    **sizes("items", "k", "heads", "codes", "dims"),
+                },
+                {"METRIC": METRICS["l2"], "BLOCK_M": FINISH_TILE[0], "BLOCK_D": FINISH_TILE[1]},
+                multiples=("dims",),
+                vector_loads=True,
+            )
+        for metric, kind in METRICS.items():
+            name = f"{metric}-{type_}"
+            norms = {"norms": "*fp64"} if metric == "cosine" else {}
+            for what, of_codes in (
+                ("codes", {**norms, "bias": summed}),
+                ("rows", {}),
+            ):
+                add(
+                    f"pack-{what}-{name}-{products}",
+                    _pack_kernel,
+                    {
+                        **{"vectors": given, "high": stored, "squares": "*fp64", **of_codes},
+                        **({"mean": summed} if metric == "l2" else {}),
+                        **({"low": stored} if products == 3 else {}),
+                        **sizes("count", "step", "source_head", "padded_count", "target_head"),
+                        **sizes("total", "dims", "padded_dims"),
+                    },
+                    {"PRODUCT": TRITON_TYPES[product], "METRIC": kind, **pack_tile(64)},
+                    multiples=("dims", "padded_dims"),
+                    vector_loads=True,
+                    instructions=("div.rn.f64",) if "norms" in of_codes else (),
+                )
+            for k in (1, 8):
+                if type_ != "bf16":
+                    add(
+                        f"settle-{name}-{products}-k{k}",
+                        _settle_kernel,
+                        {
+                            **{"scores": summed, "groups": "*i64", "left_out": summed},
+                            **{"row_squares": "*fp64", "code_squares": "*fp64", "mask": "*u8"},
+                            **dict.fromkeys(("candidates", "listed", "listed_count"), "*i64"),
+                            **sizes("rows", "heads", "products", "splits", "k"),
+                        },
+                        {
+                            "PROVE": products == 3 or type_ == "fp64",
+                            "PRODUCT": TRITON_TYPES[product],
+                            "METRIC": kind,
+                            "ENTRIES": entries_of(k),
+                            "BLOCK": settle_rows(k),
+                        },
+                        instructions=("sqrt.rn.f64",),
+                    )
+                if type_ == "fp32" and products == 1:
+                    continue
+                tile, _ = match_tile(machine, product, products, 64, k)
+                lookup = {
+                    **{"x": given, "codebook": given, "indices": "*i64", **norms},
+                    **sizes("heads", "codes", "dims", "k"),
+                }
+                division = {"instructions": ("div.rn.f64",)} if norms else {}
+                add(
+                    f"choose-{name}-k{k}",
+                    _choose_kernel,
+                    {**lookup, "candidates": "*i64", **sizes("rows")},
+                    {
+                        "METRIC": kind,
+                        "SLOTS": tile.slots,
+                        "ENTRIES": entries_of(k),
+                        "BLOCK_M": choose_rows(machine, tile, k),
+                        "BLOCK_N": tile.codes,
+                    },
+                    multiples=("dims",),
+                    **division,
+                )
+                add(
+                    f"rescore-{name}-k{k}",
+                    _rescore_kernel,
+                    {**lookup, "listed": "*i64", "listed_count": "*i64"},
+                    {
+                        "METRIC": kind,
+                        "ENTRIES": triton.next_power_of_2(k),
+                        "BLOCK_M": RESCORE_TILES[machine][0],
+                        "BLOCK_N": RESCORE_TILES[machine][1],
+                    },
+                    multiples=("dims",),
+                    **division,
+                )
+            if type_ == "fp32" and products == 1:
+                continue
+            add(
+                f"finish-{name}",
+                _finish_kernel,
+                {
+                    **{"x": given, "codebook": given, "indices": "*i64", "values": summed},
+                    **sizes("items", "k", "heads", "codes", "dims"),
+                },
+                {"METRIC": kind, "BLOCK_M": FINISH_TILE[0], "BLOCK_D": FINISH_TILE[1]},
+                multiples=("dims",),
+                vector_loads=True,
+            )
+    return cases
