@@ -18,7 +18,9 @@ Metric parse_metric(const std::string& name) {
   STD_TORCH_CHECK(false, "vq_nearest: metric must be l2, cosine or dot, got ", name);
 }
 
-std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, std::string metric) {
+std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, const Tensor& mask,
+                                      std::string metric, int64_t k, std::string precision) {
+  STD_TORCH_CHECK(mask.numel() == 0 && k == 0 && codebook.dim() == 2, "vq_nearest: not yet");
   const Tensor rows = torch::stable::contiguous(x);
   const Tensor codes = torch::stable::contiguous(codebook);
   const ScalarType compute = compute_dtype(x.scalar_type());

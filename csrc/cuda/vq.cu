@@ -345,8 +345,10 @@ int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook,
-                                      const std::string& metric_name) {
+std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, const Tensor& mask,
+                                      const std::string& metric_name, int64_t k,
+                                      const std::string& precision) {
+  STD_TORCH_CHECK(mask.numel() == 0 && k == 0 && codebook.dim() == 2, "vq_nearest: not yet");
   const Metric metric = metric_of(metric_name);
   const int64_t rows = x.size(0);
   const int64_t dims = x.size(1);

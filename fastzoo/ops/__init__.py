@@ -23,7 +23,7 @@ from fastzoo.ops.nms import (
     soft_nms,
     weighted_nms,
 )
-from fastzoo.ops.vq import vq_nearest
+from fastzoo.ops.vq import vq_ema_update_, vq_nearest, vq_quantize, vq_statistics
 from fastzoo.reference.detections import Deltas, Distances, Grid
 from fastzoo.reference.margins import (
     AdaFace,
@@ -37,6 +37,7 @@ from fastzoo.reference.margins import (
     Plain,
     SphereFace,
 )
+from fastzoo.reference.vq import VQOutput
 
 __all__ = [
     "AdaFace",
@@ -53,6 +54,7 @@ __all__ = [
     "Margin",
     "Plain",
     "SphereFace",
+    "VQOutput",
     "batched_nms",
     "box_iou",
     "box_iou_rotated",
@@ -76,6 +78,9 @@ __all__ = [
     "peak_nms",
     "sigmoid_contrastive_loss",
     "soft_nms",
+    "vq_ema_update_",
     "vq_nearest",
+    "vq_quantize",
+    "vq_statistics",
     "weighted_nms",
 ]

@@ -35,9 +35,13 @@ def check_same(first_name: str, first: Tensor, name: str, value: Tensor) -> None
         )
 
 
+def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+
+
 def check_reduction(reduction: str) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_count(name: str, value: int) -> int:

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from fastzoo import reference
-from fastzoo.ops._checks import check_floating, check_reduction, check_same, check_tensor
+from fastzoo.ops._checks import (
+    check_choice,
+    check_floating,
+    check_reduction,
+    check_same,
+    check_tensor,
+)
 from fastzoo.ops._operator import Operator
 from fastzoo.reference.boxes import to_corners
 from fastzoo.reference.contrastive import reduce
@@ -266,8 +272,7 @@ def complete_box_iou_loss(
 
 def turned(boxes: Tensor, angle: str, clockwise: bool) -> Tensor:
     """Rotated boxes with their angle from x towards y, which is clockwise in an image."""
-    if angle not in ANGLES:
-        raise ValueError(f"angle: expected one of {ANGLES}, got {angle!r}")
+    check_choice("angle", angle, ANGLES)
     if clockwise:
         return boxes
     return torch.cat([boxes[:, :4], -boxes[:, 4:]], 1)

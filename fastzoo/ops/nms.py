@@ -4,7 +4,13 @@ import torch
 from torch import Tensor
 
 from fastzoo import reference
-from fastzoo.ops._checks import at_most, check_floating, check_same, check_tensor
+from fastzoo.ops._checks import (
+    at_most,
+    check_choice,
+    check_floating,
+    check_same,
+    check_tensor,
+)
 from fastzoo.ops._operator import Operator
 from fastzoo.ops.boxes import check_boxes, turned
 from fastzoo.reference.precision import compute_dtype
@@ -111,8 +117,7 @@ def _segments(idxs: Tensor | None, boxes: Tensor) -> Tensor:
 
 
 def _check_method(method: str, known: tuple[str, ...], sigma: float) -> None:
-    if method not in known:
-        raise ValueError(f"method: expected one of {known}, got {method!r}")
+    check_choice("method", method, known)
     if not 0 < sigma < float("inf"):
         raise ValueError(f"sigma: expected a positive number, got {sigma}")
 

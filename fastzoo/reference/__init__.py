@@ -33,7 +33,14 @@ from fastzoo.reference.margin_softmax import (
     margin_softmax_target_backward,
 )
 from fastzoo.reference.nms import batched_nms, matrix_nms, nms, soft_nms, suppress, vote
-from fastzoo.reference.vq import vq_nearest, vq_nearest_backward
+from fastzoo.reference.vq import (
+    vq_nearest,
+    vq_nearest_backward,
+    vq_quantize,
+    vq_quantize_backward,
+    vq_quantize_rows,
+    vq_statistics,
+)
 
 __all__ = [
     "batched_nms",
@@ -71,4 +78,8 @@ __all__ = [
     "vote",
     "vq_nearest",
     "vq_nearest_backward",
+    "vq_quantize",
+    "vq_quantize_backward",
+    "vq_quantize_rows",
+    "vq_statistics",
 ]

@@ -1,16 +1,15 @@
 """The table of public functions."""
 
-from fastzoo.testing import boxes, detections, nms
+from fastzoo.testing import boxes, detections, nms, vq
 from fastzoo.testing.contrastive import CLIP_LOSS, INFO_NCE, SIGMOID_CONTRASTIVE_LOSS
 from fastzoo.testing.margin_softmax import MARGIN_SOFTMAX_LOSS
 from fastzoo.testing.spec import OpSpec
-from fastzoo.testing.vq import VQ_NEAREST
 
 SPECS: dict[str, OpSpec] = {
     spec.name: spec
     for spec in (
         *nms.SPECS,
-        VQ_NEAREST,
+        *vq.SPECS,
         MARGIN_SOFTMAX_LOSS,
         CLIP_LOSS,
         SIGMOID_CONTRASTIVE_LOSS,
