@@ -41,11 +41,11 @@ TAKEN = tl.constexpr(1 << 61)
 
 LARGEST_K = 64
 BLOCK_ROWS = 128  # rows a program settles
-SETTLED_ENTRIES = 4096  # of lists, a program at most
-PACK_ELEMENTS = 2048
+SETTLED_ENTRIES = 1024  # of lists, a program at most
+PACK_ELEMENTS = {INTERPRETER: 8192, 8: 1024, 9: 1024, 10: 1024}
 CHOOSE_SCORES = {INTERPRETER: 4096, 8: 256, 9: 256, 10: 256}
 RESCORE_PROGRAMS = 1024
-FINISH_TILE = (32, 32)  # rows, dimensions
+FINISH_TILES = {INTERPRETER: (128, 64), 8: (32, 32), 9: (32, 32), 10: (32, 32)}  # rows, dims
 
 
 class Tile(NamedTuple):
@@ -63,21 +63,21 @@ class Tile(NamedTuple):
 # into the tile's dimensions, the rows are read once.
 TILES = {
     INTERPRETER: {
-        (torch.bfloat16, 1): ((float("inf"), Tile(64, 64, 32, 8, 4, 1)),),
-        (torch.bfloat16, 3): ((float("inf"), Tile(64, 64, 32, 8, 4, 1)),),
-        (torch.float64, 1): ((float("inf"), Tile(64, 64, 32, 8, 4, 1)),),
+        (torch.bfloat16, 1): ((float("inf"), Tile(64, 128, 32, 16, 4, 1)),),
+        (torch.bfloat16, 3): ((float("inf"), Tile(64, 128, 32, 16, 4, 1)),),
+        (torch.float64, 1): ((float("inf"), Tile(64, 128, 32, 16, 4, 1)),),
     },
     8: {
         (torch.bfloat16, 1): (
             (16, Tile(128, 128, 16, 8, 8, 3)),
             (32, Tile(128, 128, 32, 8, 8, 3)),
             (64, Tile(128, 128, 64, 16, 8, 3)),
-            (float("inf"), Tile(128, 128, 64, 16, 8, 3)),
+            (float("inf"), Tile(128, 64, 64, 8, 8, 3)),
         ),
         (torch.bfloat16, 3): (
             (16, Tile(128, 128, 16, 16, 8, 3)),
             (32, Tile(128, 128, 32, 16, 8, 3)),
-            (float("inf"), Tile(128, 128, 64, 16, 8, 2)),
+            (float("inf"), Tile(128, 64, 64, 8, 8, 2)),
         ),
         (torch.float64, 1): ((float("inf"), Tile(64, 64, 16, 8, 8, 2)),),
     },
@@ -103,11 +103,11 @@ TILES = {
 TILES[10] = TILES[9]
 
 # The fast pass splits the codes until there are this many programs, or a tile each.
-MATCH_PROGRAMS = {INTERPRETER: 4, 8: 216, 9: 264, 10: 296}
+MATCH_PROGRAMS = {INTERPRETER: 2, 8: 216, 9: 264, 10: 296}
 LARGEST_SPLIT = 32
 
 # Rows and codes that a program scores at a time by the definition.
-RESCORE_TILES = {INTERPRETER: (32, 128), 8: (2, 128), 9: (2, 128), 10: (2, 128)}
+RESCORE_TILES = {INTERPRETER: (64, 128), 8: (2, 128), 9: (2, 128), 10: (2, 128)}
 
 
 @triton.jit
@@ -650,8 +650,9 @@ def match_tile(
     """The tile, and the padded number of dimensions."""
     table = TILES[known(generation)][product, products]
     tile = next(tile for largest, tile in table if dims <= largest)
-    if k > 1:  # All of k groups' codes are scored exactly: small groups.
-        tile = tile._replace(slots=tile.codes // 8)
+    if k > 1:
+        # All of k groups' codes are scored exactly: small groups. Lists take registers: fewer rows.
+        tile = tile._replace(rows=64, slots=tile.codes // 8)
     return tile, triton.cdiv(dims, tile.dims) * tile.dims
 
 
@@ -668,9 +669,9 @@ def settle_rows(k: int) -> int:
     return min(BLOCK_ROWS, SETTLED_ENTRIES // entries_of(k))
 
 
-def pack_tile(padded_dims: int) -> dict[str, int]:
-    width = min(64, padded_dims)
-    return {"BLOCK_M": PACK_ELEMENTS // width, "BLOCK_D": width}
+def pack_tile(generation: int, tile: Tile) -> dict[str, int]:
+    width = min(64, tile.dims)
+    return {"BLOCK_M": PACK_ELEMENTS[known(generation)] // width, "BLOCK_D": width}
 
 
 def _nearest(
@@ -721,7 +722,7 @@ def _nearest(
     listed_count = torch.zeros(1, dtype=torch.int64, device=device)
     indices = empty(all_rows, k, dtype=torch.int64)
 
-    pack = pack_tile(padded_dims)
+    pack = pack_tile(machine, tile)
     pack_options = {"PRODUCT": TRITON_TYPES[product], "METRIC": kind, **pack, **EXACT}
     with on_device_of(x):
         if norms is not None:
@@ -861,7 +862,7 @@ def _finish(
     """Distances of the chosen codes; or their loss, with the codes written into `quantized`."""
     _, heads, dims = x.shape
     values = torch.empty_like(indices, dtype=compute_dtype(x))
-    tile_rows, tile_dims = FINISH_TILE
+    tile_rows, tile_dims = FINISH_TILES[known(generation(x))]
     with on_device_of(x):
         _finish_kernel[(triton.cdiv(indices.numel(), tile_rows),)](
             x,
@@ -935,6 +936,7 @@ def vq_quantize(
 
 def compile_cases(generation: int) -> list[CompileCase]:
     machine = known(generation)
+    finish = dict(zip(("BLOCK_M", "BLOCK_D"), FINISH_TILES[machine], strict=True))
     cases = []
 
     def add(
@@ -991,6 +993,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
         given = f"*{type_}"
         stored = f"*{short_name(product)}"
         summed = "*fp64" if product == torch.float64 else "*fp32"
+        tile, _ = match_tile(machine, product, products, 64, 1)
         if not (type_ == "fp32" and products == 1):
             add(
                 f"norms-{type_}",
@@ -1007,7 +1010,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
                     **{"quantized": given, "factor": "*fp64"},
                     **sizes("items", "k", "heads", "codes", "dims"),
                 },
-                {"METRIC": METRICS["l2"], "BLOCK_M": FINISH_TILE[0], "BLOCK_D": FINISH_TILE[1]},
+                {"METRIC": METRICS["l2"], **finish},
                 multiples=("dims",),
                 vector_loads=True,
             )
@@ -1028,7 +1031,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
                         **sizes("count", "step", "source_head", "padded_count", "target_head"),
                         **sizes("total", "dims", "padded_dims"),
                     },
-                    {"PRODUCT": TRITON_TYPES[product], "METRIC": kind, **pack_tile(64)},
+                    {"PRODUCT": TRITON_TYPES[product], "METRIC": kind, **pack_tile(machine, tile)},
                     multiples=("dims", "padded_dims"),
                     vector_loads=True,
                     instructions=("div.rn.f64",) if "norms" in of_codes else (),
@@ -1097,7 +1100,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
                     **{"x": given, "codebook": given, "indices": "*i64", "values": summed},
                     **sizes("items", "k", "heads", "codes", "dims"),
                 },
-                {"METRIC": kind, "BLOCK_M": FINISH_TILE[0], "BLOCK_D": FINISH_TILE[1]},
+                {"METRIC": kind, **finish},
                 multiples=("dims",),
                 vector_loads=True,
             )
