@@ -42,9 +42,9 @@ TAKEN = tl.constexpr(1 << 61)
 LARGEST_K = 64
 BLOCK_ROWS = 128  # rows a program settles
 SETTLED_ENTRIES = 1024  # of lists, a program at most
-PACK_ELEMENTS = {INTERPRETER: 8192, 8: 1024, 9: 1024, 10: 1024}
-CHOOSE_SCORES = {INTERPRETER: 4096, 8: 256, 9: 256, 10: 256}
-RESCORE_PROGRAMS = 1024
+PACK_ELEMENTS = {INTERPRETER: 4096, 8: 1024, 9: 1024, 10: 1024}
+CHOOSE_SCORES = {INTERPRETER: 8192, 8: 256, 9: 256, 10: 256}
+RESCORE_PROGRAMS = 2048
 FINISH_TILES = {INTERPRETER: (128, 64), 8: (32, 32), 9: (32, 32), 10: (32, 32)}  # rows, dims
 
 
@@ -106,19 +106,33 @@ TILES[10] = TILES[9]
 MATCH_PROGRAMS = {INTERPRETER: 2, 8: 216, 9: 264, 10: 296}
 LARGEST_SPLIT = 32
 
-# Rows and codes that a program scores at a time by the definition.
-RESCORE_TILES = {INTERPRETER: (64, 128), 8: (2, 128), 9: (2, 128), 10: (2, 128)}
+# Rows and codes that a program scores at a time by the definition; two warps have a spare register
+# for everything.
+RESCORE_TILES = {INTERPRETER: (64, 128), 8: (1, 256), 9: (1, 256), 10: (1, 256)}
+RESCORE_OPTIONS = {"num_warps": 2, **EXACT}
 
 
 @triton.jit
-def _norm_above(sum_of_squares, count):
-    """norm_above of csrc/math/vq.h."""
-    return tl.sqrt(sum_of_squares + count.to(tl.float64) * 2.2250738585072014e-308)
-
-
-@triton.jit
-def _score_bound(a, b, a_lost, b_lost, count, PRODUCT: tl.constexpr, METRIC: tl.constexpr):
-    """score_bound of csrc/math/vq.h; infinite also where a sum might leave the range of float."""
+def _score_bound(
+    a,
+    b,
+    a_lost,
+    b_lost,
+    a_low,
+    b_low,
+    count,
+    PRODUCT: tl.constexpr,
+    METRIC: tl.constexpr,
+):
+    """score_bound of csrc/math/vq.h, of squares that norm_above is yet to be taken of; infinite
+    also where a sum might leave the range of float. The product of what is low is left out of the
+    three that are taken, and comes on top."""
+    above = count.to(tl.float64) * 2.2250738585072014e-308
+    a = tl.sqrt(a + above)
+    b = tl.sqrt(b + above)
+    a_lost = tl.sqrt(a_lost + above)
+    b_lost = tl.sqrt(b_lost + above)
+    omitted = tl.sqrt(a_low + above) * tl.sqrt(b_low + above)
     if PRODUCT == tl.float64:
         unit = 1.1102230246251565e-16
         smallest = 2.2250738585072014e-308
@@ -131,9 +145,10 @@ def _score_bound(a, b, a_lost, b_lost, count, PRODUCT: tl.constexpr, METRIC: tl.
         scale = (a + b) * (a + b) / 2
     else:
         scale = a * b
-    roundings = (count + 8).to(tl.float64) * (unit + 2.220446049250313e-16)
-    bound = 1.04 * (roundings * scale + a * b_lost + a_lost * (b + b_lost))
-    bound += 4 * (count + 8).to(tl.float64) * smallest * (1 + tl.maximum(a, b))
+    roundings = (count + 8).to(tl.float64)
+    bound = roundings * (unit + 2.220446049250313e-16) * scale
+    bound = 1.04 * (bound + a * b_lost + a_lost * (b + b_lost) + omitted)
+    bound += 4 * roundings * smallest * (1 + tl.maximum(a, b))
     provable = (a * b + b * b < largest_sum) & (count <= 65536)
     return tl.where(provable, bound, float("inf"))
 
@@ -185,16 +200,24 @@ def _exact_scores(
     BLOCK_N: tl.constexpr,
 ):
     """The definition: scores of rows [M, 1] with codes [M or 1, N] of all heads' codes."""
-    x_row = x + row * dims
-    code_row = codebook + code * dims
-    score = tl.zeros((BLOCK_M, BLOCK_N), tl.float64)
-    for d in range(dims):
-        a = tl.load(x_row + d).to(tl.float64)
-        c = tl.load(code_row + d, mask=there, other=0.0).to(tl.float64)
+    x_row = (x + row * dims)[:, :, None]
+    code_row = (codebook + code * dims)[:, :, None]
+    score = tl.full((BLOCK_M, BLOCK_N), 0.0, tl.float64)
+    lane = tl.arange(0, 4)[None, None, :]
+    # Four dimensions are loaded at once, and added one after the other.
+    for d in range(0, dims, 4):
+        within = d + lane < dims
+        a = tl.load(x_row + (d + lane), mask=within, other=0.0).to(tl.float64)
+        c = tl.load(code_row + (d + lane), mask=there[:, :, None] & within, other=0.0)
+        c = c.to(tl.float64)
         if METRIC == L2:
-            score = score + (a - c) * (a - c)
+            terms = (a - c) * (a - c)
         else:
-            score = score + a * c
+            terms = a * c
+        even, odd = tl.split(tl.reshape(terms, (BLOCK_M, BLOCK_N, 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        score = score + first + second + third + fourth
     if METRIC == L2:
         score = -score
     if METRIC == COSINE:
@@ -231,7 +254,7 @@ def _norms_kernel(
 ):
     code = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = code < codes
-    total = tl.zeros((BLOCK,), tl.float64)
+    total = tl.full((BLOCK,), 0.0, tl.float64)
     for d in range(dims):
         c = tl.load(codebook + code * dims + d, mask=there, other=0.0).to(tl.float64)
         total = total + c * c
@@ -270,9 +293,9 @@ def _pack_kernel(
     target = number * step + head * target_head
     if norms is not None:
         norm = tl.load(norms + source, mask=exists, other=1.0)
-    square = tl.zeros((BLOCK_M,), tl.float64)
-    lost_square = tl.zeros((BLOCK_M,), tl.float64)
-    low_square = tl.zeros((BLOCK_M,), tl.float64)
+    square = tl.full((BLOCK_M,), 0.0, tl.float64)
+    lost_square = tl.full((BLOCK_M,), 0.0, tl.float64)
+    low_square = tl.full((BLOCK_M,), 0.0, tl.float64)
     for start in range(0, padded_dims, BLOCK_D):
         lane = start + tl.arange(0, BLOCK_D)
         live = exists[:, None] & (lane < dims)[None, :]
@@ -305,7 +328,7 @@ def _pack_kernel(
     tl.store(squares + plane + target, lost_square, mask=written)
     tl.store(squares + 2 * plane + target, low_square, mask=written)
     if bias is not None:
-        begin = tl.zeros((BLOCK_M,), tl.float64)
+        begin = tl.full((BLOCK_M,), 0.0, tl.float64)
         if METRIC == L2:
             begin = -square / 2
         begin = tl.where(exists, begin, float("-inf")).to(COMPUTE)
@@ -357,17 +380,19 @@ def _match_kernel(
         x = tl.load(x_high + x_tile + x_at)
         if x_low is not None:
             x_rest = tl.load(x_low + x_tile + x_at)
-    best = tl.full((BLOCK_M, SLOTS), float("-inf"), dtype)
-    second = tl.full((BLOCK_M, SLOTS), float("-inf"), dtype)
-    best_tile = tl.zeros((BLOCK_M, SLOTS), tl.int32)
-    entry = tl.arange(0, ENTRIES)[None, :].to(tl.int64)
-    kept = tl.full((BLOCK_M, ENTRIES), float("-inf"), dtype)
-    kept_groups = tl.zeros((BLOCK_M, ENTRIES), tl.int64) + (NONE + entry)
-    rest = tl.full((BLOCK_M,), float("-inf"), dtype)
+    if SINGLE:
+        best = tl.full((BLOCK_M, SLOTS), float("-inf"), dtype)
+        second = tl.full((BLOCK_M, SLOTS), float("-inf"), dtype)
+        best_tile = tl.full((BLOCK_M, SLOTS), 0, tl.int32)
+    else:
+        entry = tl.arange(0, ENTRIES)[None, :].to(tl.int64)
+        kept = tl.full((BLOCK_M, ENTRIES), float("-inf"), dtype)
+        kept_groups = tl.full((BLOCK_M, ENTRIES), NONE, tl.int64) + entry
+        rest = tl.full((BLOCK_M,), float("-inf"), dtype)
     first = split * tiles
     for tile in range(first, tl.minimum(first + tiles, all_tiles)):
         start = (head * all_tiles + tile) * BLOCK_N
-        score = tl.zeros((BLOCK_M, BLOCK_N), dtype)
+        score = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype)
         score += tl.load(bias + start + tl.arange(0, BLOCK_N))[None, :]
         code_tile = start * padded_dims
         if RESIDENT:
@@ -394,16 +419,23 @@ def _match_kernel(
             best_tile = tl.where(highest > best, tile, best_tile)
             best = tl.maximum(best, highest)
         else:
-            group = tl.zeros((BLOCK_M, SLOTS), tl.int64) + (tile * SLOTS + slot)
+            group = tl.full((BLOCK_M, SLOTS), 0, tl.int64) + (tile * SLOTS + slot)
             kept, kept_groups, rest = _insert(kept, kept_groups, rest, highest, group)
-    if SINGLE:
-        rest = tl.max(second, axis=1)
-        group = best_tile.to(tl.int64) * SLOTS + slot
-        kept, kept_groups, rest = _insert(kept, kept_groups, rest, best, group)
-
     out = split.to(tl.int64) * rows * heads + row * heads + head
-    tl.store(scores + out[:, None] * ENTRIES + entry, kept, mask=inside[:, None])
-    tl.store(groups + out[:, None] * ENTRIES + entry, kept_groups, mask=inside[:, None])
+    if SINGLE:
+        group = best_tile.to(tl.int64) * SLOTS + slot
+        for i in tl.static_range(ENTRIES):
+            top, top_group = _best(best, group)
+            tl.store(scores + out * ENTRIES + i, top, mask=inside)
+            tl.store(groups + out * ENTRIES + i, top_group, mask=inside)
+            taken = group == top_group[:, None]
+            best = tl.where(taken, float("-inf"), best)
+            group = tl.where(taken, TAKEN, group)
+        rest = tl.max(tl.maximum(second, best), axis=1)
+    else:
+        at = out[:, None] * ENTRIES + entry
+        tl.store(scores + at, kept, mask=inside[:, None])
+        tl.store(groups + at, kept_groups, mask=inside[:, None])
     tl.store(left_out + out, rest, mask=inside)
 
 
@@ -455,19 +487,20 @@ def _settle_kernel(
         lower_group = tl.where(lower_group == first[:, None], TAKEN, lower_group)
     least = tl.max(lower, axis=1).to(tl.float64)
 
-    head = row % heads
     a = row_squares + row
-    a_high = _norm_above(tl.load(a, mask=inside, other=0.0), products)
-    a += rows
-    a_lost = _norm_above(tl.load(a, mask=inside, other=0.0), products)
-    a += rows
-    a_low = _norm_above(tl.load(a, mask=inside, other=0.0), products)
-    b = code_squares + head
-    b_high = _norm_above(tl.load(b, mask=inside, other=0.0), products)
-    b_lost = _norm_above(tl.load(b + heads, mask=inside, other=0.0), products)
-    b_low = _norm_above(tl.load(b + heads * 2, mask=inside, other=0.0), products)
-    bound = _score_bound(a_high, b_high, a_lost, b_lost, products, PRODUCT, METRIC)
-    bound += 1.04 * a_low * b_low
+    b = code_squares + row % heads
+    step = tl.cast(rows, tl.int64)
+    bound = _score_bound(
+        tl.load(a, mask=inside, other=0.0),
+        tl.load(b, mask=inside, other=0.0),
+        tl.load(a + step, mask=inside, other=0.0),
+        tl.load(b + heads, mask=inside, other=0.0),
+        tl.load(a + step * 2, mask=inside, other=0.0),
+        tl.load(b + heads * 2, mask=inside, other=0.0),
+        products,
+        PRODUCT,
+        METRIC,
+    )
     if PROVE:
         needed = least - 2 * bound
         proven = rest.to(tl.float64) < needed
@@ -552,7 +585,7 @@ def _rescore_kernel(
         row = tl.load(listed + item, mask=inside, other=0)
         head = (row % heads)[:, None]
         scores = tl.full((BLOCK_M, ENTRIES), float("-inf"), tl.float64)
-        orders = tl.zeros((BLOCK_M, ENTRIES), tl.int64) + (NONE + entry)
+        orders = tl.full((BLOCK_M, ENTRIES), 0, tl.int64) + (NONE + entry)
         rest = tl.full((BLOCK_M,), float("-inf"), tl.float64)
         for first in range(0, codes, BLOCK_N):
             code = first + tl.arange(0, BLOCK_N)[None, :].to(tl.int64)
@@ -598,9 +631,9 @@ def _finish_kernel(
     index = tl.load(indices + item, mask=inside, other=-1)
     chosen = index >= 0
     code = row % heads * codes + index
-    total = tl.zeros((BLOCK_M,), tl.float64)
-    x_square = tl.zeros((BLOCK_M,), tl.float64)
-    c_square = tl.zeros((BLOCK_M,), tl.float64)
+    total = tl.full((BLOCK_M,), 0.0, tl.float64)
+    x_square = tl.full((BLOCK_M,), 0.0, tl.float64)
+    c_square = tl.full((BLOCK_M,), 0.0, tl.float64)
     for d in range(0, dims, BLOCK_D):
         within = (d + lane < dims)[None, :]
         at = row[:, None] * dims + d + lane[None, :]
@@ -846,7 +879,7 @@ def _nearest(
             ENTRIES=triton.next_power_of_2(k),
             BLOCK_M=rescore_rows,
             BLOCK_N=rescore_codes,
-            **EXACT,
+            **RESCORE_OPTIONS,
         )
     return indices
 
@@ -1088,6 +1121,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
                         "BLOCK_M": RESCORE_TILES[machine][0],
                         "BLOCK_N": RESCORE_TILES[machine][1],
                     },
+                    RESCORE_OPTIONS,
                     multiples=("dims",),
                     **division,
                 )

@@ -51,19 +51,17 @@ def _partial_kernel(
     part = tl.program_id(0).to(tl.int64)
     lane = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     within = lane < dims
-    code = tl.load(part_codes + part)
-    there = code < codes
-    part_end = tl.load(part_ends + code, mask=there, other=0)
-    first = tl.load(offsets + code, mask=there, other=0)
-    last = tl.load(offsets + code + 1, mask=there, other=0)
+    found = tl.load(part_codes + part)
+    code = tl.minimum(found, codes - 1)
+    first = tl.load(offsets + code)
+    last = tl.load(offsets + code + 1)
     # A code's parts are counted from its first.
-    parts_before = part_end - (last - first + PART - 1) // PART
-    first += (part - parts_before) * PART
-    last = tl.minimum(last, first + PART)
-    last = tl.where(there, last, first)
+    part_number = part - tl.load(part_ends + code) + (last - first + PART - 1) // PART
+    first += part_number * PART
+    last = tl.where(found < codes, tl.minimum(last, first + PART), first)
     if LOSSES:
         factor = tl.load(weight)
-        c = tl.load(codebook + code * dims + lane, mask=within & there, other=0.0)
+        c = tl.load(codebook + code * dims + lane, mask=within, other=0.0)
         c = c.to(tl.float64)[None, :]
     total = tl.zeros((BLOCK_D,), tl.float64)
     for start in range(first, last, BLOCK_M):
