@@ -1,4 +1,4 @@
-// fastzoo::vq_nearest with its gradient, and vq_quantize, on the CPU.
+// fastzoo::vq_nearest and vq_quantize on the CPU.
 #include "kernels/vq.h"
 
 #include <string>
@@ -11,13 +11,6 @@ namespace fastzoo {
 namespace {
 
 using math::Metric;
-
-Metric parse_metric(const std::string& name) {
-  if (name == "l2") return Metric::l2;
-  if (name == "cosine") return Metric::cosine;
-  if (name == "dot") return Metric::dot;
-  STD_TORCH_CHECK(false, "vq_nearest: metric must be l2, cosine or dot, got ", name);
-}
 
 int64_t grain(int64_t elements) { return 1 + kElementsWorthAThread / elements; }
 
@@ -36,7 +29,8 @@ struct Operands {
     STD_TORCH_CHECK(precision == "exact" || precision == "fast", op,
                     ": precision must be exact or fast, got ", precision);
     args.dtype = kernel_dtype(x.scalar_type(), op);
-    args.metric = parse_metric(metric);
+    STD_TORCH_CHECK(math::metric_named(metric.c_str(), args.metric), op, ": unknown metric ",
+                    metric);
     args.fast = precision == "fast";
     args.rows = x.size(0);
     args.codes = codebook.size(codebook.dim() - 2);
@@ -210,59 +204,6 @@ std::tuple<Tensor, Tensor, Tensor> vq_quantize(const Tensor& x, const Tensor& co
   return {quantized, losses, indices};
 }
 
-std::tuple<Tensor, Tensor> vq_nearest_backward(const Tensor& grad, const Tensor& x,
-                                               const Tensor& codebook, const Tensor& indices,
-                                               std::string metric) {
-  const ScalarType dtype = x.scalar_type();
-  const Tensor upstream = torch::stable::contiguous(torch::stable::to(grad, compute_dtype(dtype)));
-  const Tensor rows = torch::stable::contiguous(x);
-  const Tensor codes = torch::stable::contiguous(codebook);
-  const Tensor chosen = torch::stable::contiguous(indices);
-
-  cpu::VqBackwardArgs args{};
-  args.dtype = kernel_dtype(dtype, "vq_nearest");
-  args.metric = parse_metric(metric);
-  args.rows = rows.size(0);
-  args.codes = codes.size(0);
-  args.dims = rows.size(1);
-  const Tensor grad_x = empty(x, {args.rows, args.dims}, dtype);
-  const Tensor grad_codebook = empty(x, {args.codes, args.dims}, dtype);
-  const Tensor begins_tensor = torch::stable::new_zeros(x, {args.codes + 1}, ScalarType::Long);
-  const Tensor order_tensor = empty(x, {args.rows}, ScalarType::Long);
-
-  // A counting sort keeps the rows of one code in ascending order: the same sums on any number of
-  // threads.
-  const int64_t* codes_of = static_cast<const int64_t*>(chosen.const_data_ptr());
-  int64_t* begins = static_cast<int64_t*>(begins_tensor.mutable_data_ptr());
-  int64_t* order = static_cast<int64_t*>(order_tensor.mutable_data_ptr());
-  for (int64_t row = 0; row < args.rows; ++row) {
-    STD_TORCH_CHECK(codes_of[row] >= 0 && codes_of[row] < args.codes, "vq_nearest_backward: index ",
-                    codes_of[row], " is out of range");
-    ++begins[codes_of[row]];
-  }
-  for (int64_t code = 1; code <= args.codes; ++code) begins[code] += begins[code - 1];
-  for (int64_t row = args.rows - 1; row >= 0; --row) order[--begins[codes_of[row]]] = row;
-
-  args.grad = upstream.const_data_ptr();
-  args.x = rows.const_data_ptr();
-  args.codebook = codes.const_data_ptr();
-  args.indices = codes_of;
-  args.code_begins = begins;
-  args.order = order;
-  args.grad_x = grad_x.mutable_data_ptr();
-  args.grad_codebook = grad_codebook.mutable_data_ptr();
-
-  const auto by_x = FASTZOO_SELECT_KERNEL(vq_backward_x);
-  torch::stable::parallel_for(0, args.rows, 256,
-                              [&](int64_t begin, int64_t end) { by_x(args, begin, end); });
-  const auto by_codebook = FASTZOO_SELECT_KERNEL(vq_backward_codebook);
-  torch::stable::parallel_for(0, args.codes, 256, [&](int64_t begin, int64_t end) {
-    const Tensor sums = empty(x, {args.dims}, ScalarType::Double);
-    by_codebook(args, begin, end, static_cast<double*>(sums.mutable_data_ptr()));
-  });
-  return {grad_x, grad_codebook};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastzoo, CPU, m) {
@@ -270,8 +211,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastzoo, CPU, m) {
   implement<vq_nearest>(m, "vq_nearest.cpu");
   implement<vq_quantize>(m, "vq_quantize");
   implement<vq_quantize>(m, "vq_quantize.cpu");
-  implement<vq_nearest_backward>(m, "vq_nearest_backward");
-  implement<vq_nearest_backward>(m, "vq_nearest_backward.cpu");
 }
 
 }  // namespace fastzoo

@@ -876,58 +876,6 @@ FASTZOO_INLINE void with_candidates(const VqArgs& args, const Body& body) {
   });
 }
 
-// The gradient of d by one side, u, where v is the other. For l2 the difference is taken first, or
-// an offset of both sides would cancel late.
-struct Slope {
-  Metric metric;
-  double weight;
-  double shrink;
-
-  double at(double u, double v) const {
-    switch (metric) {
-      case Metric::l2:
-        return weight * (v - u);
-      case Metric::dot:
-        return weight * v;
-      case Metric::cosine:
-        break;
-    }
-    return weight * v - shrink * u;
-  }
-};
-
-// Gradients of the distance between a row and its code, for both sides at once: `own` is the side
-// that is differentiated. For l2, 2 g (own - other).
-template <class Element>
-Slope slope(const VqBackwardArgs& args, double grad, const Element* own, const Element* other) {
-  switch (args.metric) {
-    case Metric::l2:
-      return {Metric::l2, -2 * grad, 0};
-    case Metric::dot:
-      return {Metric::dot, grad, 0};
-    case Metric::cosine:
-      break;
-  }
-  double dot = 0, own_square = 0, other_square = 0;
-  dot = wide_sum(args.dims, [&](int64_t k) {
-    return math::score_term(Metric::dot, widen(own[k]), widen(other[k]));
-  });
-  own_square = wide_sum(args.dims, [&](int64_t k) {
-    const double value = widen(own[k]);
-    return value * value;
-  });
-  other_square = wide_sum(args.dims, [&](int64_t k) {
-    const double value = widen(other[k]);
-    return value * value;
-  });
-  const double own_norm = __builtin_sqrt(own_square);
-  const double own_floored = math::maximum(own_norm, math::kNormFloor);
-  const double both = own_floored * math::maximum(__builtin_sqrt(other_square), math::kNormFloor);
-  // Where the floor rules, the norm is a constant.
-  const double shrink = own_norm > math::kNormFloor ? dot / both / own_square : 0;
-  return {Metric::cosine, grad / both, grad * shrink};
-}
-
 }  // namespace
 
 void vq_plan(const VqArgs& args, VqPlan& plan) {
@@ -975,45 +923,6 @@ void vq_probe(const VqArgs& args, void* workspace, bool& result) {
 void vq_lookup(const VqArgs& args, int64_t begin, int64_t end, void* workspace) {
   with_candidates(args, [&](auto element, auto multiply) {
     lookup<decltype(element), decltype(multiply)>(args, begin, end, workspace);
-  });
-}
-
-void vq_backward_x(const VqBackwardArgs& args, int64_t begin, int64_t end) {
-  with_element(args.dtype, [&](auto element) {
-    using Element = decltype(element);
-    using T = typename ComputeOf<Element>::type;
-    const int64_t dims = args.dims;
-    for (int64_t row = begin; row < end; ++row) {
-      const Element* x = static_cast<const Element*>(args.x) + row * dims;
-      const Element* code = static_cast<const Element*>(args.codebook) + args.indices[row] * dims;
-      const Slope by_x = slope(args, static_cast<const T*>(args.grad)[row], x, code);
-      Element* grad_x = static_cast<Element*>(args.grad_x) + row * dims;
-      for (int64_t k = 0; k < dims; ++k) {
-        narrow(by_x.at(widen(x[k]), widen(code[k])), grad_x[k]);
-      }
-    }
-  });
-}
-
-void vq_backward_codebook(const VqBackwardArgs& args, int64_t begin, int64_t end, double* sums) {
-  with_element(args.dtype, [&](auto element) {
-    using Element = decltype(element);
-    using T = typename ComputeOf<Element>::type;
-    const int64_t dims = args.dims;
-    for (int64_t index = begin; index < end; ++index) {
-      const Element* code = static_cast<const Element*>(args.codebook) + index * dims;
-      for (int64_t k = 0; k < dims; ++k) sums[k] = 0;
-      for (int64_t i = args.code_begins[index]; i < args.code_begins[index + 1]; ++i) {
-        const int64_t row = args.order[i];
-        const Element* x = static_cast<const Element*>(args.x) + row * dims;
-        const Slope by_code = slope(args, static_cast<const T*>(args.grad)[row], code, x);
-        for (int64_t k = 0; k < dims; ++k) {
-          sums[k] += by_code.at(widen(code[k]), widen(x[k]));
-        }
-      }
-      Element* grad_code = static_cast<Element*>(args.grad_codebook) + index * dims;
-      for (int64_t k = 0; k < dims; ++k) narrow(sums[k], grad_code[k]);
-    }
   });
 }
 

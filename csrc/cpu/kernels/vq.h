@@ -52,20 +52,6 @@ struct VqPlan {
   int64_t workspace_bytes;  // for each running vq_lookup
 };
 
-struct VqBackwardArgs {
-  Dtype dtype;
-  math::Metric metric;
-  int64_t rows, codes, dims;
-  const void* grad;            // [rows] of the compute type
-  const void* x;               // [rows][dims]
-  const void* codebook;        // [codes][dims]
-  const int64_t* indices;      // [rows]
-  const int64_t* code_begins;  // [codes + 1]: where a code's rows begin in order
-  const int64_t* order;        // [rows]: the rows sorted by code, ascending within one
-  void* grad_x;                // [rows][dims]
-  void* grad_codebook;         // [codes][dims]
-};
-
 FASTZOO_DECLARE_KERNEL(vq_plan, (const VqArgs&, VqPlan&))
 // Dimensions [begin, end) of the centre.
 FASTZOO_DECLARE_KERNEL(vq_centre, (const VqArgs&, int64_t begin, int64_t end))
@@ -77,9 +63,5 @@ FASTZOO_DECLARE_KERNEL(vq_select, (VqArgs&, int32_t* table, int64_t table_size))
 FASTZOO_DECLARE_KERNEL(vq_probe, (const VqArgs&, void* workspace, bool& result))
 // Rows [begin, end).
 FASTZOO_DECLARE_KERNEL(vq_lookup, (const VqArgs&, int64_t begin, int64_t end, void* workspace))
-FASTZOO_DECLARE_KERNEL(vq_backward_x, (const VqBackwardArgs&, int64_t begin, int64_t end))
-// Codes [begin, end); sums is scratch for dims doubles.
-FASTZOO_DECLARE_KERNEL(vq_backward_codebook,
-                       (const VqBackwardArgs&, int64_t begin, int64_t end, double* sums))
 
 }  // namespace fastzoo::cpu
