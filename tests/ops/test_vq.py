@@ -395,3 +395,36 @@ def test_a_training_step_keeps_nothing_of_size_n_times_k() -> None:
     step()
     # N K elements would be 256 MiB; what is N or K times D is half a MiB each.
     assert peak_memory(step, "cpu") < 24 << 20
+
+
+# ---- the CPU's candidates ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [None, 5])
+@pytest.mark.parametrize("hard", [slice(1, 3), slice(0, 300, 2)], ids=["few", "half"])
+def test_rows_that_low_precision_cannot_decide_are_exact(
+    capability: str, k: int | None, hard: slice
+) -> None:
+    # Hundreds of codes are as good for the hard rows as bfloat16 can tell; it is given up where a
+    # sample of the rows shows many such, and its lists overflow where it misses the few.
+    x, codebook = random_codes(300, 700, 33, seed=9)
+    codebook[:400] = codebook[:1] + codebook[:400] * 2**-10
+    x[hard] = codebook[:1] + x[hard] / 4
+    for metric in METRICS:
+        found = ops.vq_nearest(x, codebook, k=k, metric=metric, backend="cpu")
+        expected = reference.vq_nearest(x, codebook, k=k, metric=metric)
+        assert torch.equal(found, expected), f"{capability} {metric}"
+
+
+def test_a_fast_answer_is_within_twice_the_bound(capability: str) -> None:
+    x, codebook = random_codes(300, 500, 24, seed=10)
+    indices, d = ops.vq_nearest(x, codebook, precision="fast", return_distance=True, backend="cpu")
+    best = reference.vq_nearest(x, codebook, return_distance=True)[1]
+    torch.testing.assert_close(d, (x - codebook[indices]).square().sum(1))
+    mean = codebook.mean(0)
+    a, b = (x - mean).norm(dim=1), (codebook - mean).norm(dim=1).max()
+    # Both operands rounded by 2^-9, and 32 roundings of float32; d is twice a score.
+    bound = 1.04 * (2.01 * 2**-9 * a * b + 32 * 2**-24 * (a + b) ** 2 / 2)
+    assert ((d - best) / 2 <= 2 * bound).all()
+    if capability != "avx512_bf16":
+        assert torch.equal(d, best)

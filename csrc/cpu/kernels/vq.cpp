@@ -575,24 +575,26 @@ struct Rows {
     counts[slot] = left;
   }
 
-  static constexpr int kScored = (kRows + V::size - 1) / V::size * V::size;
+  static constexpr int kParts = (kRows + V::size - 1) / V::size;
 
-  // The scores of a row with the codes of a panel, the same bits as in the tile.
-  __attribute__((always_inline)) void score(int64_t slot, int64_t panel,
-                                            T (&scores)[kScored]) const {
+  // The scores of a row with the codes of a panel, the same bits as in the tile. Those that `limit`
+  // leaves, as bits by code.
+  __attribute__((always_inline)) uint32_t score(int64_t slot, int64_t panel, T limit,
+                                                V (&scores)[kParts]) const {
     const Word* words = column(slot);
     const Word* lines = codes.panel(panel);
-    V sums[kScored / V::size];
-    for (int i = 0; i < kScored / V::size; ++i) {
-      sums[i] = V::load(codes.starts + panel * kRows + i * V::size);
+    for (int i = 0; i < kParts; ++i) {
+      scores[i] = V::load(codes.starts + panel * kRows + i * V::size);
     }
     for (int64_t k = 0; k < depth; ++k) {
       const auto word = M::broadcast(words[k * kColumns]);
-      for (int i = 0; i < kScored / V::size; ++i) {
-        sums[i] = M::add(M::load(lines + k * kRows + i * V::size), word, sums[i]);
+      for (int i = 0; i < kParts; ++i) {
+        scores[i] = M::add(M::load(lines + k * kRows + i * V::size), word, scores[i]);
       }
     }
-    for (int i = 0; i < kScored / V::size; ++i) sums[i].store(scores + i * V::size);
+    uint32_t left = 0;
+    for (int i = 0; i < kParts; ++i) left |= not_less(scores[i], V(limit)).bits << i * V::size;
+    return left & ((1u << kRows) - 1);
   }
 
   // The codes that the threshold leaves, in ascending order.
@@ -601,12 +603,9 @@ struct Rows {
     int count = 0;
     for (int32_t i = 0; i < counts[slot]; ++i) {
       const int32_t panel = kept[slot * kKept + i].panel;
-      T scores[kScored];
-      score(slot, panel, scores);
-      for (int j = 0; j < kRows; ++j) {
-        survivors[count] = panel * kRows + j;
-        count += !(scores[j] < threshold[slot]);
-      }
+      V scores[kParts];
+      uint32_t left = score(slot, panel, threshold[slot], scores);
+      for (; left != 0; left &= left - 1) survivors[count++] = panel * kRows + __builtin_ctz(left);
     }
     return count;
   }
@@ -709,12 +708,12 @@ struct Rows {
       int64_t count = 0;
       for (int64_t i = 0; i < codes.panels; ++i) {
         if (log[i * kColumns + slot] < limit) continue;
-        T scores[kScored];
-        score(slot, i, scores);
-        for (int j = 0; j < kRows; ++j) {
-          if (scores[j] < limit) continue;
+        V scores[kParts];
+        uint32_t left = score(slot, i, limit, scores);
+        for (; left != 0; left &= left - 1) {
+          const int j = __builtin_ctz(left);
           several[count] = static_cast<int32_t>(i * kRows + j);
-          several_scores[count] = tops[count] = scores[j];
+          several_scores[count] = tops[count] = scores[j / V::size][j % V::size];
           ++count;
         }
       }
