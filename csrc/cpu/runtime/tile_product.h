@@ -16,9 +16,14 @@ struct Multiply {
   using Word = T;
   using Operand = Vec<T>;
   static constexpr int kEach = 1;
+  static constexpr bool kRounds = false;  // whether operand() changes a value
 
   // What the product sees of a value.
   __attribute__((always_inline)) static T operand(T value) { return value; }
+  // As many values as make a vector of words.
+  __attribute__((always_inline)) static void pack(const T* values, Word* words) {
+    Vec<T>::load(values).store(words);
+  }
   __attribute__((always_inline)) static Operand load(const Word* p) { return Operand::load(p); }
   __attribute__((always_inline)) static Operand broadcast(Word word) { return Operand(word); }
   __attribute__((always_inline)) static Vec<T> add(Operand a, Operand b, Vec<T> sum) {
@@ -39,7 +44,16 @@ struct MultiplyBFloat16 {
   using Word = uint32_t;  // two elements, the first in the low half
   using Operand = __m512i;
   static constexpr int kEach = 2;
+  static constexpr bool kRounds = true;
 
+  __attribute__((always_inline)) static float operand(float value) {
+    return rounded_to_bfloat16(value);
+  }
+  __attribute__((always_inline)) static void pack(const float* values, Word* words) {
+    const __m512bh both =
+        _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + 16), _mm512_loadu_ps(values));
+    _mm512_storeu_si512(words, reinterpret_cast<__m512i>(both));
+  }
   __attribute__((always_inline)) static Operand load(const Word* p) {
     return _mm512_loadu_si512(p);
   }
@@ -52,8 +66,13 @@ struct MultiplyBFloat16 {
 };
 #else
 struct MultiplyBFloat16 : Multiply<float> {
+  static constexpr bool kRounds = true;
+
   __attribute__((always_inline)) static float operand(float value) {
     return rounded_to_bfloat16(value);
+  }
+  __attribute__((always_inline)) static void pack(const float* values, Word* words) {
+    for (int i = 0; i < Vec<float>::size; ++i) words[i] = operand(values[i]);
   }
 };
 #endif
@@ -89,6 +108,12 @@ struct TileProduct {
   __attribute__((always_inline)) static void clear(Tile& tile) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) tile[i][0] = tile[i][1] = V(T(0));
+  }
+
+  // Every column starts from starts[kRows].
+  __attribute__((always_inline)) static void start(const T* starts, Tile& tile) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) tile[i][0] = tile[i][1] = V(starts[i]);
   }
 
   __attribute__((always_inline)) static void load(const T* from, int64_t stride, Tile& tile) {
