@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "entry.h"
+#include "runtime/arena.h"
 
 namespace fastzoo {
 namespace {
@@ -71,24 +72,24 @@ Pointer shifted(Pointer base, int64_t elements, int64_t element_size) {
 class Lookup {
  public:
   explicit Lookup(const Operands& operands) : like_(operands.x), args_(operands.args) {
-    const ScalarType compute = compute_dtype(like_.scalar_type());
+    const int64_t value_bytes = element_size(compute_dtype(like_.scalar_type()));
     const bool cosine = args_.metric == Metric::cosine;
     FASTZOO_SELECT_KERNEL(vq_plan)(args_, plan_);
     // A sample of the rows decides; it must be cheap beside all of them.
     constexpr int64_t kRowsWorthAProbe = 128;
     args_.bfloat16 = plan_.bfloat16 && (args_.fast || args_.rows >= kRowsWorthAProbe);
     args_.fast = args_.fast && args_.bfloat16;
-    centre_ = empty(like_, {args_.dims}, compute);
-    squares_ = empty(like_, {args_.codes}, ScalarType::Double);
-    norms_ = empty(like_, {cosine ? args_.codes : 0}, ScalarType::Double);
-    lost_ = empty(like_, {args_.bfloat16 ? args_.codes : 0}, ScalarType::Double);
-    loose_ = empty(like_, {args_.codes}, ScalarType::Int);
-    table_ = empty(like_, {plan_.table_size}, ScalarType::Int);
-    args_.centre = centre_.mutable_data_ptr();
-    args_.squares = static_cast<double*>(squares_.mutable_data_ptr());
-    args_.norms = static_cast<double*>(norms_.mutable_data_ptr());
-    args_.lost = static_cast<double*>(lost_.mutable_data_ptr());
-    args_.loose = static_cast<int32_t*>(loose_.mutable_data_ptr());
+    const auto take = [&](cpu::Arena arena) {
+      args_.centre = arena.take<char>(args_.dims * value_bytes);
+      args_.squares = arena.take<double>(args_.codes);
+      args_.norms = arena.take<double>(cosine ? args_.codes : 0);
+      args_.lost = arena.take<double>(args_.bfloat16 ? args_.codes : 0);
+      args_.loose = arena.take<int32_t>(args_.codes);
+      table_ = arena.take<int32_t>(plan_.table_size);
+      return arena.bytes();
+    };
+    scratch_ = empty(like_, {take(cpu::Arena())}, ScalarType::Byte);
+    take(cpu::Arena(scratch_.mutable_data_ptr()));
     plan();
   }
 
@@ -115,7 +116,7 @@ class Lookup {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         kernel(args_, args_.rows * part / threads, args_.rows * (part + 1) / threads,
-               workspace(part));
+               workspaces_ + part * plan_.workspace_bytes);
       }
     });
   }
@@ -123,38 +124,37 @@ class Lookup {
  private:
   void plan() {
     FASTZOO_SELECT_KERNEL(vq_plan)(args_, plan_);
-    plan_.workspace_bytes = (plan_.workspace_bytes + 63) / 64 * 64;
-    starts_ = empty(like_, {plan_.starts_bytes}, ScalarType::Byte);
-    lines_ = empty(like_, {plan_.lines_bytes}, ScalarType::Byte);
-    workspace_ = empty(like_, {args_.threads * plan_.workspace_bytes}, ScalarType::Byte);
-    args_.starts = starts_.mutable_data_ptr();
-    args_.lines = lines_.mutable_data_ptr();
+    const auto take = [&](cpu::Arena arena) {
+      args_.starts = arena.take<char>(plan_.starts_bytes);
+      args_.lines = arena.take<char>(plan_.lines_bytes);
+      workspaces_ = arena.take<char>(args_.threads * plan_.workspace_bytes);
+      return arena.bytes();
+    };
+    packed_ = empty(like_, {take(cpu::Arena())}, ScalarType::Byte);
+    take(cpu::Arena(packed_.mutable_data_ptr()));
   }
 
   void pack() {
     const auto kernel = FASTZOO_SELECT_KERNEL(vq_pack);
     torch::stable::parallel_for(0, plan_.code_panels, grain(plan_.lines_bytes / plan_.code_panels),
                                 [&](int64_t begin, int64_t end) { kernel(args_, begin, end); });
-    FASTZOO_SELECT_KERNEL(vq_select)(args_, static_cast<int32_t*>(table_.mutable_data_ptr()),
-                                     plan_.table_size);
+    FASTZOO_SELECT_KERNEL(vq_select)(args_, table_, plan_.table_size);
   }
 
   bool pays() {
     bool result = false;
     args_.probing = true;
-    FASTZOO_SELECT_KERNEL(vq_probe)(args_, workspace(0), result);
+    FASTZOO_SELECT_KERNEL(vq_probe)(args_, workspaces_, result);
     args_.probing = false;
     return result;
-  }
-
-  char* workspace(int64_t part) {
-    return static_cast<char*>(workspace_.mutable_data_ptr()) + part * plan_.workspace_bytes;
   }
 
   const Tensor& like_;
   cpu::VqArgs args_;
   cpu::VqPlan plan_{};
-  Tensor centre_, squares_, norms_, lost_, loose_, table_, starts_, lines_, workspace_;
+  int32_t* table_ = nullptr;
+  char* workspaces_ = nullptr;
+  Tensor scratch_, packed_;
 };
 
 void look_up(Operands& operands, const Tensor& indices, const Tensor& values,

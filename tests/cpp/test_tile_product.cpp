@@ -1,20 +1,21 @@
-// The tile product against three plain loops in double, for sizes around the tile's and for both
-// types. The inputs are small multiples of 1/16, so that every sum is exact and the results equal.
+// The tile product against plain loops in double, for every way to multiply and to read the left
+// operand. The inputs are small multiples of 1/16, exact in bfloat16 too, so that every sum is
+// exact and the results equal.
 #include "per_isa.h"
 
 namespace fastzoo::cpu {
-FASTZOO_DECLARE_KERNEL(check_tile_gemm, (int& failures))
+FASTZOO_DECLARE_KERNEL(check_tile_product, (int& failures))
 }
 
 #if !defined(FASTZOO_CPU_ISA)
 
-FASTZOO_RUN_ON_EACH_ISA(check_tile_gemm)
+FASTZOO_RUN_ON_EACH_ISA(check_tile_product)
 
 #else
 
 #include <cstdlib>
 
-#include "../../csrc/cpu/runtime/tile_gemm.h"
+#include "../../csrc/cpu/runtime/tile_product.h"
 
 namespace fastzoo::cpu::FASTZOO_CPU_ISA {
 namespace {
@@ -26,89 +27,81 @@ double element(int64_t side, int64_t row, int64_t k) {
   return static_cast<double>(bits * 0xbf58476d1ce4e5b9u >> 57) / 16 - 4;
 }
 
+// The word that holds steps k * kEach .. of a row, of which `dims` exist.
+template <class M>
+typename M::Word word(int64_t side, int64_t row, int64_t k, int64_t dims) {
+  if constexpr (M::kEach == 2) {
+    BFloat16 low, high;
+    narrow(element(side, row, 2 * k), low);
+    narrow(2 * k + 1 < dims ? element(side, row, 2 * k + 1) : 0, high);
+    return low.bits | static_cast<uint32_t>(high.bits) << 16;
+  } else {
+    return static_cast<typename M::Word>(element(side, row, k));
+  }
+}
+
 template <class T>
 T* allocate(int64_t count) {
   const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 127) / 64 * 64;
-  T* values = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(__builtin_nan(""));
-  return values;
+  return static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(bytes)));
 }
 
-template <class T>
-void check_size(int& failures, int64_t rows, int64_t columns, int64_t depth) {
-  using Gemm = TileGemm<T>;
-  using V = Vec<T>;
-  const int64_t padded_rows = Gemm::left_panels(rows) * Gemm::kRows;
-  const int64_t padded_columns = Gemm::right_panels(columns) * Gemm::kColumns;
-  T* left = allocate<T>(Gemm::left_panels(rows) * Gemm::left_panel_size(depth));
-  T* right = allocate<T>(Gemm::right_panels(columns) * Gemm::right_panel_size(depth));
-  T* result = allocate<T>(padded_rows * padded_columns);
-  for (int64_t first = 0; first < padded_rows; first += Gemm::kRows) {
-    T* starts = left + first / Gemm::kRows * Gemm::left_panel_size(depth);
-    for (int i = 0; i < Gemm::kRows; ++i) starts[i] = static_cast<T>(element(2, first + i, 0));
-    pack_lines<Gemm::kRows>(starts + Gemm::kRows, first, rows, depth, [](int64_t row, int64_t k) {
-      return static_cast<T>(element(0, row, k));
-    });
+template <class M>
+void check_depth(int& failures, int64_t dims) {
+  using Product = TileProduct<M>;
+  using T = typename Product::T;
+  using Word = typename Product::Word;
+  constexpr int kRows = Product::kRows;
+  constexpr int kColumns = Product::kColumns;
+  const int64_t depth = (dims + M::kEach - 1) / M::kEach;
+  const int64_t stride = depth + 3;
+  Word* rows = allocate<Word>(kRows * stride);
+  Word* columns = allocate<Word>(depth * kRows);
+  Word* right = allocate<Word>(depth * kColumns);
+  T starts[kRows];
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int i = 0; i < kRows; ++i) {
+      rows[i * stride + k] = columns[k * kRows + i] = word<M>(0, i, k, dims);
+    }
+    for (int i = 0; i < kColumns; ++i) right[k * kColumns + i] = word<M>(1, i, k, dims);
   }
-  for (int64_t first = 0; first < padded_columns; first += Gemm::kColumns) {
-    pack_lines<Gemm::kColumns>(
-        right + first * depth, first, columns, depth,
-        [](int64_t row, int64_t k) { return static_cast<T>(element(1, row, k)); });
-  }
+  for (int i = 0; i < kRows; ++i) starts[i] = static_cast<T>(element(2, i, 0));
 
-  int64_t tiles = 0;
-  Gemm::run(left, rows, right, columns, depth,
-            [&](int64_t row, int64_t column, const typename Gemm::Tile& tile) {
-              ++tiles;
-              for (int i = 0; i < Gemm::kRows; ++i) {
-                for (int j = 0; j < 2; ++j) {
-                  tile[i][j].store(result + (row + i) * padded_columns + column + j * V::size);
-                }
-              }
-            });
+  typename Product::Tile by_rows, by_columns;
+  Product::start(starts, by_rows);
+  Product::add_rows(rows, stride, right, depth, by_rows);
+  Product::start(starts, by_columns);
+  Product::add_columns(columns, kRows, right, depth, by_columns);
 
-  CHECK(tiles == Gemm::left_panels(rows) * Gemm::right_panels(columns));
   int wrong = 0;
-  for (int64_t row = 0; row < padded_rows; ++row) {
-    for (int64_t column = 0; column < padded_columns; ++column) {
-      double sum = element(2, row, 0);
-      for (int64_t k = 0; k < depth && row < rows && column < columns; ++k) {
-        sum += element(0, row, k) * element(1, column, k);
-      }
-      wrong += !(static_cast<double>(result[row * padded_columns + column]) == sum);
+  T found[2][kRows][kColumns];
+  Product::store(by_rows, found[0][0], kColumns);
+  Product::store(by_columns, found[1][0], kColumns);
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) {
+      double sum = element(2, i, 0);
+      for (int64_t d = 0; d < dims; ++d) sum += element(0, i, d) * element(1, j, d);
+      wrong += !(static_cast<double>(found[0][i][j]) == sum);
+      wrong += !(static_cast<double>(found[1][i][j]) == sum);
     }
   }
   CHECK(wrong == 0);
-  if (wrong != 0) {
-    std::printf("%d wrong at rows %d, columns %d, depth %d\n", wrong, static_cast<int>(rows),
-                static_cast<int>(columns), static_cast<int>(depth));
-  }
-  std::free(left);
+  std::free(rows);
+  std::free(columns);
   std::free(right);
-  std::free(result);
 }
 
-template <class T>
-void check_type(int& failures) {
-  using Gemm = TileGemm<T>;
-  const int64_t all_rows[] = {0, 1, Gemm::kRows - 1, Gemm::kRows, Gemm::kRows + 1, 53};
-  const int64_t all_columns[] = {0, 1, Gemm::kColumns - 1, Gemm::kColumns, Gemm::kColumns + 1, 97};
-  const int64_t depths[] = {0, 1, 2, 13, 64, 301};
-  for (const int64_t rows : all_rows) {
-    for (const int64_t columns : all_columns) {
-      for (const int64_t depth : depths) check_size<T>(failures, rows, columns, depth);
-    }
-  }
-  // More left panels than one block holds; a panel larger than a block.
-  check_size<T>(failures, 700, 3, 301);
-  check_size<T>(failures, Gemm::kRows + 1, 2, Gemm::kLeftBlockBytes / 16);
+template <class M>
+void check_product(int& failures) {
+  for (const int64_t dims : {0, 1, 2, 3, 4, 7, 8, 13, 64, 301}) check_depth<M>(failures, dims);
 }
 
 }  // namespace
 
-void check_tile_gemm(int& failures) {
-  check_type<float>(failures);
-  check_type<double>(failures);
+void check_tile_product(int& failures) {
+  check_product<Multiply<float> >(failures);
+  check_product<Multiply<double> >(failures);
+  check_product<MultiplyBFloat16>(failures);
 }
 
 }  // namespace fastzoo::cpu::FASTZOO_CPU_ISA

@@ -111,46 +111,91 @@ T kth_largest(T* values, int64_t count, int64_t k) {
   return values[k - 1];
 }
 
-struct Squares {
-  double all = 0;   // of a vector
-  double lost = 0;  // of what the product does not see of it
-};
-
-// Packs the vector load(0) .. load(dims - 1) as the product sees it, its words `stride` apart.
-template <class M, class Load>
-FASTZOO_INLINE Squares pack_vector(int64_t dims, const Load& load, typename M::Word* words,
-                                   int64_t stride) {
+// Packs kCount vectors, side by side in lines, as the product sees them.
+template <class M, int kCount>
+struct Packer {
   using T = typename M::Sum;
-  constexpr int kChunk = 64;
-  constexpr int kStep = Vec<T>::size * M::kEach;
-  constexpr int kSums = 8;
-  T values[kChunk];
-  typename M::Word packed[kChunk / M::kEach];
-  double all[kSums] = {}, lost[kSums] = {};
-  for (int64_t first = 0; first < dims; first += kChunk) {
-    const int count = static_cast<int>(dims - first < kChunk ? dims - first : kChunk);
-    for (int i = 0; i < count; ++i) values[i] = load(first + i);
-    for (int i = count; i % kStep != 0 || i % kSums != 0; ++i) values[i] = T(0);
-    for (int i = 0; i < count; i += kSums) {
-      for (int j = 0; j < kSums; ++j) {
-        const double value = values[i + j];
-        all[j] += value * value;
-        if constexpr (M::kRounds) {
-          const double missing = values[i + j] - M::operand(values[i + j]);
-          lost[j] += missing * missing;
+  using V = Vec<T>;
+  using Word = typename M::Word;
+  static constexpr int kSize = V::size;
+  static constexpr int kLanes = (kCount + kSize - 1) / kSize * kSize;
+
+  double squares[kLanes];  // of each vector
+  double lost[kLanes];     // of what the product does not see of it
+
+  // `count` vectors of `dims` elements, zeros for the others: each the elements, minus the centre
+  // where there is one, over its scale where there are scales.
+  template <class Element>
+  void run(const Element* const* vectors, int64_t count, int64_t dims, const T* centre,
+           const double* scales, Word* lines) {
+    for (int first = 0; first < kLanes; first += kSize) {
+      constexpr int kSums = kSize / Vec<double>::size;
+      Vec<double> all[kSums], missing[kSums];
+      for (int i = 0; i < kSums; ++i) all[i] = missing[i] = Vec<double>(0.0);
+      for (int64_t d = 0; d < dims; d += kSize) {
+        V block[kSize];
+        const V middle = centre == nullptr ? V(T(0)) : load_some(centre + d, dims - d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kSize; ++i) {
+          block[i] =
+              first + i < count ? load_some(vectors[first + i] + d, dims - d) - middle : V(T(0));
+        }
+        transpose(block);
+        if (scales != nullptr) divide(block, scales + first, count - first);
+#pragma GCC unroll 16
+        for (int i = 0; i < kSize; ++i) add_squares(block[i], all);
+        if constexpr (M::kEach == 2) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kSize; i += 2) {
+            if (d + i >= dims) break;
+            const V low = M::operand(block[i]), high = M::operand(block[i + 1]);
+            add_squares(block[i] - low, missing);
+            add_squares(block[i + 1] - high, missing);
+            const auto words = M::words(low, high);
+            store(&words, first, lines + (d + i) / 2 * kCount);
+          }
+        } else {
+#pragma GCC unroll 16
+          for (int i = 0; i < kSize; ++i) {
+            if (d + i < dims) store(&block[i], first, lines + (d + i) * kCount);
+          }
         }
       }
+      for (int i = 0; i < kSums; ++i) {
+        all[i].store(squares + first + i * Vec<double>::size);
+        missing[i].store(lost + first + i * Vec<double>::size);
+      }
     }
-    for (int i = 0; i < count; i += kStep) M::pack(values + i, packed + i / M::kEach);
-    const int64_t depth = (count + M::kEach - 1) / M::kEach;
-    for (int64_t k = 0; k < depth; ++k) words[(first / M::kEach + k) * stride] = packed[k];
   }
-  for (int j = 1; j < kSums; ++j) {
-    all[0] += all[j];
-    lost[0] += lost[j];
+
+ private:
+  template <class Element>
+  __attribute__((always_inline)) static V load_some(const Element* from, int64_t left) {
+    if (left >= kSize) return load_wide(from);
+    T values[kSize];
+    for (int i = 0; i < kSize; ++i) values[i] = i < left ? static_cast<T>(widen(from[i])) : T(0);
+    return V::load(values);
   }
-  return {all[0], lost[0]};
-}
+
+  static void divide(V (&block)[kSize], const double* scales, int64_t count) {
+    for (int i = 0; i < kSize; ++i) {
+      T values[kSize];
+      block[i].store(values);
+      for (int j = 0; j < kSize && j < count; ++j)
+        values[j] = static_cast<T>(values[j] / scales[j]);
+      block[i] = V::load(values);
+    }
+  }
+
+  __attribute__((always_inline)) static void store(const void* words, int first, Word* line) {
+    constexpr int kLast = kCount % kSize == 0 ? kSize : kCount % kSize;
+    if (first + kSize <= kCount) {
+      __builtin_memcpy(line + first, words, kSize * sizeof(Word));
+    } else {
+      __builtin_memcpy(line + first, words, kLast * sizeof(Word));
+    }
+  }
+};
 
 template <class Element, class M>
 struct Codes {
@@ -158,6 +203,7 @@ struct Codes {
   using T = typename Product::T;
   using Word = typename Product::Word;
   static constexpr int kRows = Product::kRows;
+  static constexpr bool kRounds = M::kEach == 2;  // whether products see values rounded
 
   const VqArgs& args;
   const Element* codebook = static_cast<const Element*>(args.codebook);
@@ -212,31 +258,21 @@ struct Codes {
       }
       for (int64_t i = 0; i < valid; ++i) args.norms[first + i] = __builtin_sqrt(sums[i]);
     }
+    const Element* vectors[kRows];
+    double scales[kRows];
     for (int64_t i = 0; i < valid; ++i) {
-      const Element* const values = code(first + i);
-      Word* const words = panel(index) + i;
-      Squares squares;
-      switch (args.metric) {
-        case Metric::l2:
-          squares = pack_vector<M>(
-              args.dims, [&](int64_t d) { return static_cast<T>(widen(values[d])) - centre[d]; },
-              words, kRows);
-          break;
-        case Metric::cosine: {
-          const double scale = math::maximum(args.norms[first + i], math::kNormFloor);
-          squares = pack_vector<M>(
-              args.dims, [&](int64_t d) { return static_cast<T>(widen(values[d]) / scale); }, words,
-              kRows);
-          break;
-        }
-        case Metric::dot:
-          squares = pack_vector<M>(
-              args.dims, [&](int64_t d) { return static_cast<T>(widen(values[d])); }, words, kRows);
-          break;
+      vectors[i] = code(first + i);
+      if (args.metric == Metric::cosine) {
+        scales[i] = math::maximum(args.norms[first + i], math::kNormFloor);
       }
-      starts[first + i] = args.metric == Metric::l2 ? static_cast<T>(-squares.all / 2) : T(0);
-      args.squares[first + i] = squares.all;
-      if constexpr (M::kRounds) args.lost[first + i] = squares.lost;
+    }
+    Packer<M, kRows> packer;
+    packer.run(vectors, valid, args.dims, args.metric == Metric::l2 ? centre : nullptr,
+               args.metric == Metric::cosine ? scales : nullptr, panel(index));
+    for (int64_t i = 0; i < valid; ++i) {
+      starts[first + i] = args.metric == Metric::l2 ? static_cast<T>(-packer.squares[i] / 2) : T(0);
+      args.squares[first + i] = packer.squares[i];
+      if constexpr (kRounds) args.lost[first + i] = packer.lost[i];
     }
     for (int64_t i = valid; i < kRows; ++i) drop(first + i);
   }
@@ -308,12 +344,12 @@ struct Codes {
         drop(index);
       } else {
         largest_square = math::maximum(largest_square, square);
-        if constexpr (M::kRounds) largest_lost = math::maximum(largest_lost, args.lost[index]);
+        if constexpr (kRounds) largest_lost = math::maximum(largest_lost, args.lost[index]);
         result.largest_cosine_norm = math::maximum(result.largest_cosine_norm, cosine_norm);
       }
     }
     result.largest_norm = math::norm_above(largest_square, args.dims);
-    result.largest_lost = M::kRounds ? math::norm_above(largest_lost, args.dims) : 0;
+    result.largest_lost = kRounds ? math::norm_above(largest_lost, args.dims) : 0;
   }
 };
 
@@ -326,6 +362,7 @@ struct Rows {
   using V = typename Product::V;
   static constexpr int kRows = Product::kRows;
   static constexpr int kColumns = Product::kColumns;
+  static constexpr bool kRounds = Codes<Element, M>::kRounds;
 
   static constexpr int kKept = 16;  // panels listed for one row
   static constexpr int64_t kMostRows = 512;
@@ -351,7 +388,7 @@ struct Rows {
   T* best;            // the highest score so far; infinite where the fast pass proves nothing
   T* margin;          // twice the bound
   T* threshold;       // best - margin: a code below it cannot be the answer
-  double* near;       // how far apart sums in double must be to decide
+  double* norm;       // |x'|
   int32_t* counts;    // of kept
   Kept* kept;         // [block][kKept]
   Scored* winners;    // among the codes already scored exactly
@@ -387,7 +424,7 @@ struct Rows {
     best = arena.take<T>(count);
     margin = arena.take<T>(count);
     threshold = arena.take<T>(count);
-    near = arena.take<double>(count);
+    norm = arena.take<double>(count);
     counts = arena.take<int32_t>(count);
     kept = arena.take<Kept>(count * kKept);
     winners = arena.take<Scored>(count);
@@ -409,24 +446,21 @@ struct Rows {
   }
 
   void begin(int64_t count) const {
-    for (int64_t slot = 0; slot < count; ++slot) {
-      const Element* const values = x(slot);
-      Squares squares;
-      if (args.metric == Metric::l2) {
-        squares = pack_vector<M>(
-            args.dims,
-            [&](int64_t d) { return static_cast<T>(widen(values[d])) - codes.centre[d]; },
-            column(slot), kColumns);
-      } else {
-        squares = pack_vector<M>(
-            args.dims, [&](int64_t d) { return static_cast<T>(widen(values[d])); }, column(slot),
-            kColumns);
+    for (int64_t slot = 0; slot < count; slot += kColumns) {
+      const int64_t valid = count - slot < kColumns ? count - slot : kColumns;
+      const Element* vectors[kColumns];
+      for (int64_t i = 0; i < valid; ++i) vectors[i] = x(slot + i);
+      Packer<M, kColumns> packer;
+      packer.run(vectors, valid, args.dims, args.metric == Metric::l2 ? codes.centre : nullptr,
+                 nullptr, column(slot));
+      for (int64_t i = 0; i < kColumns; ++i) {
+        if (i >= valid || !set_margin(slot + i, packer.squares[i], packer.lost[i])) {
+          leave_unproven(slot + i);
+        }
+        counts[slot + i] = 0;
+        winners[slot + i] = {0, -1};
       }
-      if (!set_margin(slot, squares)) leave_unproven(slot);
-      counts[slot] = 0;
-      winners[slot] = {0, -1};
     }
-    for (int64_t slot = count; slot % kColumns != 0; ++slot) leave_unproven(slot);
   }
 
   void leave_unproven(int64_t slot) const {
@@ -438,10 +472,10 @@ struct Rows {
 
   // False where the fast pass proves nothing: values that are not finite, or sums that could
   // overflow.
-  bool set_margin(int64_t slot, const Squares& squares) const {
-    const double a = math::norm_above(squares.all, args.dims);
+  bool set_margin(int64_t slot, double squares, double lost) const {
+    const double a = math::norm_above(squares, args.dims);
     const double b = args.largest_norm;
-    const double a_lost = M::kRounds ? math::norm_above(squares.lost, args.dims) : 0;
+    const double a_lost = kRounds ? math::norm_above(lost, args.dims) : 0;
     const double bound = math::score_bound(args.metric, args.dims, a, b, a_lost, args.largest_lost,
                                            Limits<T>::unit, Limits<T>::smallest);
     const double size = args.metric == Metric::l2 ? (a + b) * (a + b) / 2 : a * b;
@@ -451,11 +485,16 @@ struct Rows {
     if (!(size < limit && wanted < limit && a * args.largest_cosine_norm < limit)) return false;
     best[slot] = threshold[slot] = Limits<T>::lowest;
     margin[slot] = args.fast ? T(0) : static_cast<T>(wanted);
-    // Of sums in double, one in any order and one in the definition's; for l2 a score is half one.
-    near[slot] = (args.metric == Metric::l2 ? 4 : 2) *
-                 math::score_bound(args.metric, args.dims, a, b, 0, 0, Limits<double>::unit,
-                                   Limits<double>::smallest);
+    norm[slot] = a;
     return true;
+  }
+
+  // How far apart scores summed in double, in any order, must be for the definition's to differ
+  // likewise; a score of l2 is twice what the bound speaks of.
+  double near_margin(int64_t slot) const {
+    return (args.metric == Metric::l2 ? 4 : 2) *
+           math::score_bound(args.metric, args.dims, norm[slot], args.largest_norm, 0, 0,
+                             Limits<double>::unit, Limits<double>::smallest);
   }
 
   // The highest score of a tile for each row.
@@ -600,9 +639,10 @@ struct Rows {
         scores[i] = exact_score(args.metric, near_sum(slot, survivors[i]), norm_of(survivors[i]));
         highest = math::maximum(highest, scores[i]);
       }
+      const double limit = highest - near_margin(slot);
       int left = 0;
       for (int i = 0; i < count; ++i) {
-        if (!(scores[i] < highest - near[slot])) survivors[left++] = survivors[i];
+        if (!(scores[i] < limit)) survivors[left++] = survivors[i];
       }
       count = left;
     }

@@ -16,8 +16,8 @@ struct VqArgs {
   bool fast;      // and believe them
   bool probing;   // a lookup that only counts candidates
   int64_t rows, codes, dims;
-  int64_t k;             // answers for each row
-  const void* x;         // rows of dims, x_stride elements apart
+  int64_t k;      // answers for each row
+  const void* x;  // rows of dims, x_stride elements apart
   int64_t x_stride;
   const void* codebook;  // [codes][dims]
   const bool* mask;      // [rows]: which have an answer; or null
@@ -36,8 +36,8 @@ struct VqArgs {
   double largest_lost;         // likewise
   double largest_cosine_norm;  // of norms
 
-  int64_t* indices;    // k for each row, out_stride apart
-  void* values;        // likewise, of the compute type: distances; losses where quantized is asked for
+  int64_t* indices;  // k for each row, out_stride apart
+  void* values;  // likewise, of the compute type: distances; losses where quantized is asked for
   int64_t out_stride;
   void* quantized;     // like x: the codes found; or null
   double loss_weight;  // of the squared distance in a loss

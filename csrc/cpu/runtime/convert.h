@@ -56,6 +56,22 @@ FASTZOO_INLINE Vec<float> load_wide(const Element* p) {
 }
 #endif
 
+// sums += the squares, in double; as many sums as a vector has lanes.
+FASTZOO_INLINE void add_squares(Vec<double> values, Vec<double> (&sums)[1]) {
+  sums[0] = sums[0] + values * values;
+}
+FASTZOO_INLINE void add_squares(Vec<float> values, Vec<double> (&sums)[2]) {
+  typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    HalfVector half;
+    __builtin_memcpy(&half, reinterpret_cast<const char*>(&values.v) + i * sizeof(half),
+                     sizeof(half));
+    const Vec<double> wide = __builtin_convertvector(half, Vec<double>::Native);
+    sums[i] = sums[i] + wide * wide;
+  }
+}
+
 // narrow(value, element): rounds to float, then to the element; ties to even.
 FASTZOO_INLINE void narrow(double value, float& element) { element = static_cast<float>(value); }
 FASTZOO_INLINE void narrow(double value, double& element) { element = value; }

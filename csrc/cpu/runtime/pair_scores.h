@@ -357,8 +357,18 @@ struct PairScores {
   }
 
   __attribute__((always_inline)) void narrow_row(const T* values, Word* words) const {
-    constexpr int kStep = V::size * kEach;
-    for (int64_t d = 0; d < padded_dims(); d += kStep) M::pack(values + d, words + d / kEach);
+    const int64_t width = padded_dims();
+    if constexpr (kPairs) {
+#if defined(__AVX512BF16__)
+      for (int64_t d = 0; d < width; d += 32) {
+        const __m512bh both =
+            _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + d + 16), _mm512_loadu_ps(values + d));
+        _mm512_storeu_si512(words + d / 2, reinterpret_cast<__m512i>(both));
+      }
+#endif
+    } else {
+      for (int64_t d = 0; d < width; ++d) words[d] = M::operand(values[d]);
+    }
   }
 
   __attribute__((always_inline)) void narrow_gradients(const Chunk& c, int64_t block,

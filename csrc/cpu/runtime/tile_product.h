@@ -16,14 +16,9 @@ struct Multiply {
   using Word = T;
   using Operand = Vec<T>;
   static constexpr int kEach = 1;
-  static constexpr bool kRounds = false;  // whether operand() changes a value
 
   // What the product sees of a value.
   __attribute__((always_inline)) static T operand(T value) { return value; }
-  // As many values as make a vector of words.
-  __attribute__((always_inline)) static void pack(const T* values, Word* words) {
-    Vec<T>::load(values).store(words);
-  }
   __attribute__((always_inline)) static Operand load(const Word* p) { return Operand::load(p); }
   __attribute__((always_inline)) static Operand broadcast(Word word) { return Operand(word); }
   __attribute__((always_inline)) static Vec<T> add(Operand a, Operand b, Vec<T> sum) {
@@ -44,15 +39,15 @@ struct MultiplyBFloat16 {
   using Word = uint32_t;  // two elements, the first in the low half
   using Operand = __m512i;
   static constexpr int kEach = 2;
-  static constexpr bool kRounds = true;
 
-  __attribute__((always_inline)) static float operand(float value) {
-    return rounded_to_bfloat16(value);
+  __attribute__((always_inline)) static Vec<float> operand(Vec<float> values) {
+    const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values.v));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
   }
-  __attribute__((always_inline)) static void pack(const float* values, Word* words) {
-    const __m512bh both =
-        _mm512_cvtne2ps_pbh(_mm512_loadu_ps(values + 16), _mm512_loadu_ps(values));
-    _mm512_storeu_si512(words, reinterpret_cast<__m512i>(both));
+  // Of operands, one step of depth and the next.
+  __attribute__((always_inline)) static Operand words(Vec<float> first, Vec<float> second) {
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first.v), 16),
+                           _mm512_castps_si512(second.v));
   }
   __attribute__((always_inline)) static Operand load(const Word* p) {
     return _mm512_loadu_si512(p);
@@ -66,13 +61,8 @@ struct MultiplyBFloat16 {
 };
 #else
 struct MultiplyBFloat16 : Multiply<float> {
-  static constexpr bool kRounds = true;
-
   __attribute__((always_inline)) static float operand(float value) {
     return rounded_to_bfloat16(value);
-  }
-  __attribute__((always_inline)) static void pack(const float* values, Word* words) {
-    for (int i = 0; i < Vec<float>::size; ++i) words[i] = operand(values[i]);
   }
 };
 #endif
