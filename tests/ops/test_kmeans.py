@@ -96,7 +96,9 @@ def test_empty_clusters_move_as_sklearns(empty: int, iters: int) -> None:
     assert ours.indices.bincount(minlength=8 + empty).min() > 0
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-9)
     # scikit-learn gives the farthest rows to the empty clusters in an order of its own.
-    sets = ({tuple(c.round(9)) for c in t} for t in (ours.centroids.numpy(), theirs.cluster_centers_))
+    sets = (
+        {tuple(c.round(9)) for c in t} for t in (ours.centroids.numpy(), theirs.cluster_centers_)
+    )
     assert next(sets) == next(sets)
 
 
