@@ -601,15 +601,17 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   }
   for (int e = 0; e < lookup.k; ++e) {
-    const int code = ranking.code(e);
+    // Fewer than k would mean a bound that does not hold: nothing may be read from beyond the
+    // codes.
+    const int found_code = ranking.code(e);
+    const int code = found_code < lookup.codes ? found_code : 0;
     write(lookup, x, lookup.code(code, head), true, code, first_result + e, results);
   }
 }
 
 Metric metric_of(const std::string& name) {
-  constexpr const char* kNames[] = {"l2", "cosine", "dot"};
   Metric metric{};
-  STD_TORCH_CHECK(math::value_named(name.c_str(), kNames, metric),
+  STD_TORCH_CHECK(math::metric_named(name.c_str(), metric),
                   "fastzoo: vq_nearest: metric l2, cosine or dot expected, got ", name);
   return metric;
 }
