@@ -40,12 +40,13 @@ NONE = tl.constexpr(1 << 60)
 TAKEN = tl.constexpr(1 << 61)
 
 LARGEST_K = 64
+GPUS = (8, 9, 10, 12)  # generations in the tables
 BLOCK_ROWS = 128  # rows a program settles
 SETTLED_ENTRIES = 1024  # of lists, a program at most
-PACK_ELEMENTS = {INTERPRETER: 4096, 8: 1024, 9: 1024, 10: 1024}
-CHOOSE_SCORES = {INTERPRETER: 8192, 8: 256, 9: 256, 10: 256}
+PACK_ELEMENTS = {INTERPRETER: 4096, **dict.fromkeys(GPUS, 1024)}
+CHOOSE_SCORES = {INTERPRETER: 8192, **dict.fromkeys(GPUS, 256)}
 RESCORE_PROGRAMS = 2048
-FINISH_TILES = {INTERPRETER: (128, 64), 8: (32, 32), 9: (32, 32), 10: (32, 32)}  # rows, dims
+FINISH_TILES = {INTERPRETER: (128, 64), **dict.fromkeys(GPUS, (32, 32))}  # rows, dims
 
 
 class Tile(NamedTuple):
@@ -57,6 +58,7 @@ class Tile(NamedTuple):
     slots: int  # groups of a tile's codes
     num_warps: int
     num_stages: int
+    interleaved: bool = False  # the eights of a slot's codes, among those of the others
 
 
 # By generation, type and number of products, in rising order: up to which D, the tile. Where D fits
@@ -64,22 +66,22 @@ class Tile(NamedTuple):
 TILES = {
     INTERPRETER: {
         (torch.bfloat16, 1): ((float("inf"), Tile(64, 128, 32, 16, 4, 1)),),
-        (torch.bfloat16, 3): ((float("inf"), Tile(64, 128, 32, 16, 4, 1)),),
+        (torch.bfloat16, 3): ((float("inf"), Tile(64, 128, 32, 16, 4, 1, True)),),
         (torch.float64, 1): ((float("inf"), Tile(64, 128, 32, 16, 4, 1)),),
     },
     8: {
         (torch.bfloat16, 1): (
-            (16, Tile(128, 128, 16, 8, 8, 3)),
-            (32, Tile(128, 128, 32, 8, 8, 3)),
-            (64, Tile(128, 128, 64, 16, 8, 3)),
-            (float("inf"), Tile(128, 64, 64, 8, 8, 3)),
+            (16, Tile(128, 128, 16, 8, 8, 3, True)),
+            (32, Tile(128, 128, 32, 8, 8, 3, True)),
+            (64, Tile(128, 128, 64, 16, 8, 3, True)),
+            (float("inf"), Tile(128, 64, 64, 8, 8, 3, True)),
         ),
         (torch.bfloat16, 3): (
-            (16, Tile(128, 128, 16, 16, 8, 3)),
-            (32, Tile(128, 128, 32, 16, 8, 3)),
-            (float("inf"), Tile(128, 64, 64, 8, 8, 2)),
+            (16, Tile(128, 128, 16, 16, 8, 3, True)),
+            (32, Tile(128, 128, 32, 16, 8, 3, True)),
+            (float("inf"), Tile(128, 64, 64, 8, 8, 2, True)),
         ),
-        (torch.float64, 1): ((float("inf"), Tile(64, 64, 16, 8, 8, 2)),),
+        (torch.float64, 1): ((float("inf"), Tile(64, 64, 16, 8, 8, 2, True)),),
     },
     9: {
         (torch.bfloat16, 1): (
@@ -101,14 +103,15 @@ TILES = {
     },
 }
 TILES[10] = TILES[9]
+TILES[12] = TILES[8]  # which has as much shared memory as the least of generation 8
 
 # The fast pass splits the codes until there are this many programs, or a tile each.
-MATCH_PROGRAMS = {INTERPRETER: 2, 8: 216, 9: 264, 10: 296}
+MATCH_PROGRAMS = {INTERPRETER: 2, 8: 216, 9: 264, 10: 296, 12: 340}
 LARGEST_SPLIT = 32
 
 # Rows and codes that a program scores at a time by the definition; two warps have a spare register
 # for everything.
-RESCORE_TILES = {INTERPRETER: (64, 128), 8: (1, 256), 9: (1, 256), 10: (1, 256)}
+RESCORE_TILES = {INTERPRETER: (64, 128), **dict.fromkeys(GPUS, (1, 256))}
 RESCORE_OPTIONS = {"num_warps": 2, **EXACT}
 
 
@@ -133,7 +136,7 @@ def _score_bound(
     a_lost = tl.sqrt(a_lost + above)
     b_lost = tl.sqrt(b_lost + above)
     omitted = tl.sqrt(a_low + above) * tl.sqrt(b_low + above)
-    if PRODUCT == tl.float64:
+    if tl.float64 == PRODUCT:
         unit = 1.1102230246251565e-16
         smallest = 2.2250738585072014e-308
         largest_sum = 1e307
@@ -284,7 +287,7 @@ def _pack_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    COMPUTE: tl.constexpr = tl.float64 if PRODUCT == tl.float64 else tl.float32
+    COMPUTE: tl.constexpr = tl.float64 if tl.float64 == PRODUCT else tl.float32
     head = tl.program_id(1).to(tl.int64)
     number = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = number < count
@@ -353,14 +356,16 @@ def _match_kernel(
     SINGLE: tl.constexpr,  # k is 1: a row keeps the best of every slot on the way
     RESIDENT: tl.constexpr,  # padded_dims is BLOCK_D
     SLOTS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ENTRIES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     dtype = bias.dtype.element_ty
-    # Matrix instructions leave a thread two neighbours of every eight columns. A slot takes those
-    # that are one thread's, so that a maximum needs nothing of others.
+    # Matrix instructions leave a thread two neighbours of every eight columns, and a warp all
+    # eights, half of them or each fourth, by generation. A slot takes columns that are one
+    # thread's, so that a maximum needs nothing of others.
     PARTS: tl.constexpr = SLOTS // 4
     EIGHTS: tl.constexpr = BLOCK_N // PARTS // 8
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
@@ -392,8 +397,8 @@ def _match_kernel(
     first = split * tiles
     for tile in range(first, tl.minimum(first + tiles, all_tiles)):
         start = (head * all_tiles + tile) * BLOCK_N
-        score = tl.full((BLOCK_M, BLOCK_N), 0.0, dtype)
-        score += tl.load(bias + start + tl.arange(0, BLOCK_N))[None, :]
+        begin = tl.load(bias + start + tl.arange(0, BLOCK_N))[None, :]
+        score = tl.broadcast_to(begin, (BLOCK_M, BLOCK_N))
         code_tile = start * padded_dims
         if RESIDENT:
             code = tl.load(code_high + code_tile + code_at)
@@ -412,8 +417,11 @@ def _match_kernel(
                     score = tl.dot(x_rest, code, score, input_precision="ieee", out_dtype=dtype)
                     code = tl.load(code_low + code_tile + d + code_at)
                     score = tl.dot(x, code, score, input_precision="ieee", out_dtype=dtype)
-        parts = tl.reshape(score, (BLOCK_M, PARTS, EIGHTS, 4, 2))
-        highest = tl.reshape(tl.max(tl.max(parts, axis=4), axis=2), (BLOCK_M, SLOTS))
+        if INTERLEAVED:
+            highest = tl.max(tl.reshape(score, (BLOCK_M, EIGHTS, PARTS, 4, 2)), axis=1)
+        else:
+            highest = tl.max(tl.reshape(score, (BLOCK_M, PARTS, EIGHTS, 4, 2)), axis=2)
+        highest = tl.reshape(tl.max(highest, axis=3), (BLOCK_M, SLOTS))
         if SINGLE:
             second = tl.maximum(second, tl.minimum(best, highest))
             best_tile = tl.where(highest > best, tile, best_tile)
@@ -533,11 +541,13 @@ def _choose_kernel(
     k,
     METRIC: tl.constexpr,
     SLOTS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     ENTRIES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     PARTS: tl.constexpr = SLOTS // 4
+    EIGHTS: tl.constexpr = BLOCK_N // PARTS // 8
     GROUP: tl.constexpr = BLOCK_N // SLOTS
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
@@ -547,8 +557,12 @@ def _choose_kernel(
     group = tl.load(candidates + place, mask=inside[:, None], other=-1)
     there = group >= 0
     slot = group % SLOTS
-    code = group // SLOTS * BLOCK_N + slot // 4 * (BLOCK_N // PARTS) + slot % 4 * 2
-    code += member // 2 * 8 + member % 2
+    # As _match_kernel takes its columns apart.
+    if INTERLEAVED:
+        eighth = member // 2 * PARTS + slot // 4
+    else:
+        eighth = slot // 4 * EIGHTS + member // 2
+    code = group // SLOTS * BLOCK_N + eighth * 8 + slot % 4 * 2 + member % 2
     there = there & (code < codes)
     row = tl.where(inside, row, 0)
     head = (row % heads)[:, None]
@@ -685,7 +699,7 @@ def match_tile(
     tile = next(tile for largest, tile in table if dims <= largest)
     if k > 1:
         # All of k groups' codes are scored exactly: small groups. Lists take registers: fewer rows.
-        tile = tile._replace(rows=64, slots=tile.codes // 8)
+        tile = tile._replace(rows=64, slots=tile.codes // 8, interleaved=False)
     return tile, triton.cdiv(dims, tile.dims) * tile.dims
 
 
@@ -715,7 +729,7 @@ def _nearest(
     k: int,
     precision: str,
 ) -> torch.Tensor:
-    """Indices [rows * heads, k] of contiguous x [rows, heads, dims], codebook [heads, codes, dims]."""
+    """Indices [rows * heads, k] for x [rows, heads, dims] and codebook [heads, codes, dims]."""
     rows, heads, dims = x.shape
     codes = codebook.shape[1]
     device = x.device
@@ -815,6 +829,7 @@ def _nearest(
             SINGLE=k == 1,
             RESIDENT=padded_dims == tile.dims,
             SLOTS=tile.slots,
+            INTERLEAVED=tile.interleaved,
             ENTRIES=entries,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.codes,
@@ -858,6 +873,7 @@ def _nearest(
             k,
             METRIC=kind,
             SLOTS=tile.slots,
+            INTERLEAVED=tile.interleaved,
             ENTRIES=entries,
             BLOCK_M=choose_rows(machine, tile, k),
             BLOCK_N=tile.codes,
@@ -997,14 +1013,20 @@ def compile_cases(generation: int) -> list[CompileCase]:
                     f"match-{short_name(product)}-{products}-d{dims}-k{k}",
                     _match_kernel,
                     {
-                        **{"x_high": stored, "code_high": stored, **low, "bias": summed},
-                        **{"scores": summed, "groups": "*i64", "left_out": summed},
+                        "x_high": stored,
+                        "code_high": stored,
+                        **low,
+                        "bias": summed,
+                        "scores": summed,
+                        "groups": "*i64",
+                        "left_out": summed,
                         **sizes("rows", "heads", "padded_dims", "tiles", "all_tiles"),
                     },
                     {
                         "SINGLE": k == 1,
                         "RESIDENT": padded_dims == tile.dims,
                         "SLOTS": tile.slots,
+                        "INTERLEAVED": tile.interleaved,
                         "ENTRIES": entries_of(k),
                         "BLOCK_M": tile.rows,
                         "BLOCK_N": tile.codes,
@@ -1039,8 +1061,12 @@ def compile_cases(generation: int) -> list[CompileCase]:
                 f"quantize-{type_}",
                 _finish_kernel,
                 {
-                    **{"x": given, "codebook": given, "indices": "*i64", "values": summed},
-                    **{"quantized": given, "factor": "*fp64"},
+                    "x": given,
+                    "codebook": given,
+                    "indices": "*i64",
+                    "values": summed,
+                    "quantized": given,
+                    "factor": "*fp64",
                     **sizes("items", "k", "heads", "codes", "dims"),
                 },
                 {"METRIC": METRICS["l2"], **finish},
@@ -1058,7 +1084,10 @@ def compile_cases(generation: int) -> list[CompileCase]:
                     f"pack-{what}-{name}-{products}",
                     _pack_kernel,
                     {
-                        **{"vectors": given, "high": stored, "squares": "*fp64", **of_codes},
+                        "vectors": given,
+                        "high": stored,
+                        "squares": "*fp64",
+                        **of_codes,
                         **({"mean": summed} if metric == "l2" else {}),
                         **({"low": stored} if products == 3 else {}),
                         **sizes("count", "step", "source_head", "padded_count", "target_head"),
@@ -1075,8 +1104,12 @@ def compile_cases(generation: int) -> list[CompileCase]:
                         f"settle-{name}-{products}-k{k}",
                         _settle_kernel,
                         {
-                            **{"scores": summed, "groups": "*i64", "left_out": summed},
-                            **{"row_squares": "*fp64", "code_squares": "*fp64", "mask": "*u8"},
+                            "scores": summed,
+                            "groups": "*i64",
+                            "left_out": summed,
+                            "row_squares": "*fp64",
+                            "code_squares": "*fp64",
+                            "mask": "*u8",
                             **dict.fromkeys(("candidates", "listed", "listed_count"), "*i64"),
                             **sizes("rows", "heads", "products", "splits", "k"),
                         },
@@ -1093,7 +1126,10 @@ def compile_cases(generation: int) -> list[CompileCase]:
                     continue
                 tile, _ = match_tile(machine, product, products, 64, k)
                 lookup = {
-                    **{"x": given, "codebook": given, "indices": "*i64", **norms},
+                    "x": given,
+                    "codebook": given,
+                    "indices": "*i64",
+                    **norms,
                     **sizes("heads", "codes", "dims", "k"),
                 }
                 division = {"instructions": ("div.rn.f64",)} if norms else {}
@@ -1104,6 +1140,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
                     {
                         "METRIC": kind,
                         "SLOTS": tile.slots,
+                        "INTERLEAVED": tile.interleaved,
                         "ENTRIES": entries_of(k),
                         "BLOCK_M": choose_rows(machine, tile, k),
                         "BLOCK_N": tile.codes,
@@ -1131,7 +1168,10 @@ def compile_cases(generation: int) -> list[CompileCase]:
                 f"finish-{name}",
                 _finish_kernel,
                 {
-                    **{"x": given, "codebook": given, "indices": "*i64", "values": summed},
+                    "x": given,
+                    "codebook": given,
+                    "indices": "*i64",
+                    "values": summed,
                     **sizes("items", "k", "heads", "codes", "dims"),
                 },
                 {"METRIC": kind, **finish},

@@ -28,6 +28,14 @@ GPU_TILE = (16, 64)  # rows, dimensions
 TILES = {INTERPRETER: (64, 128), 8: GPU_TILE, 9: GPU_TILE, 10: GPU_TILE}
 
 
+@triton.jit
+def _rounded(value, DTYPE: tl.constexpr):
+    """A double, by way of float32 as in torch: the interpreter has no other way to bfloat16."""
+    if tl.float64 == DTYPE:
+        return value
+    return value.to(tl.float32).to(DTYPE)
+
+
 @triton.jit(do_not_specialize=["codes", "parts"])
 def _partial_kernel(
     x,  # [rows, dims]
@@ -108,10 +116,10 @@ def _combine_kernel(
         at = (part + i)[:, None] * dims + lane[None, :]
         total += tl.load(partial + at, mask=live, other=0.0)
     out = code[:, None] * dims + lane[None, :]
-    tl.store(sums + out, total.to(sums.dtype.element_ty), mask=there[:, None] & within)
+    tl.store(sums + out, _rounded(total, sums.dtype.element_ty), mask=there[:, None] & within)
     if counts is not None:
-        if tl.program_id(1) == 0:
-            tl.store(counts + code, length.to(counts.dtype.element_ty), mask=there)
+        first = tl.program_id(1) == 0
+        tl.store(counts + code, length.to(counts.dtype.element_ty), mask=there & first)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -185,7 +193,7 @@ def _rows_kernel(
             through = tl.where(turns[:, None], scale[:, None] * turned, g)
         gradient = through + factor[:, None] * (a - c)
         gradient = tl.where(chosen[:, None], gradient, g)
-        tl.store(grad_x + x_row + d, gradient.to(grad_x.dtype.element_ty), mask=live)
+        tl.store(grad_x + x_row + d, _rounded(gradient, grad_x.dtype.element_ty), mask=live)
 
 
 def _sums_by_code(
@@ -338,8 +346,12 @@ def compile_cases(generation: int) -> list[CompileCase]:
         given = f"*{type_}"
         computed = "*fp64" if type_ == "fp64" else "*fp32"
         by_code = {
-            **{"x": given, "order": "*i64", "offsets": "*i64", "part_ends": "*i64"},
-            **{"part_codes": "*i64", "partial": "*fp64"},
+            "x": given,
+            "order": "*i64",
+            "offsets": "*i64",
+            "part_ends": "*i64",
+            "part_codes": "*i64",
+            "partial": "*fp64",
             **dict.fromkeys(("codes", "parts", "dims"), "i32"),
         }
         losses = {"codebook": given, "grad_losses": computed, "weight": "*fp64"}
@@ -361,8 +373,12 @@ def compile_cases(generation: int) -> list[CompileCase]:
                 f"combine-{name}-{type_}",
                 _combine_kernel,
                 {
-                    **{"partial": "*fp64", "offsets": "*i64", "part_ends": "*i64"},
-                    **{"sums": computed if types else given, "codes": "i32", "dims": "i32"},
+                    "partial": "*fp64",
+                    "offsets": "*i64",
+                    "part_ends": "*i64",
+                    "sums": computed if types else given,
+                    "codes": "i32",
+                    "dims": "i32",
                     **types,
                 },
                 {"PART": PART},
@@ -373,9 +389,15 @@ def compile_cases(generation: int) -> list[CompileCase]:
                 f"rows-{estimator}-{type_}",
                 _rows_kernel,
                 {
-                    **{"grad_quantized": given, "grad_losses": computed, "x": given},
-                    **{"codebook": given, "indices": "*i64", "weight": "*fp64"},
-                    **{"grad_x": given, "rows": "i32", "dims": "i32"},
+                    "grad_quantized": given,
+                    "grad_losses": computed,
+                    "x": given,
+                    "codebook": given,
+                    "indices": "*i64",
+                    "weight": "*fp64",
+                    "grad_x": given,
+                    "rows": "i32",
+                    "dims": "i32",
                 },
                 {"ESTIMATOR": number},
                 vector_loads=True,

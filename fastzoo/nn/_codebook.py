@@ -149,7 +149,11 @@ class Codebook(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def initialize_(self, rows: Tensor, mask: Tensor | None) -> None:
-        """The first codes, by k-means over the vectors ``rows [N, H, D]`` of all ranks."""
+        """The first codes, by k-means over the vectors ``rows [N, H, D]`` of all ranks.
+
+        All heads at once, and on the sphere for the cosine; :func:`fastzoo.ops.kmeans` has one
+        process's vectors, and takes a pass for each first centroid.
+        """
         if bool(self.initted):
             self.ready = True
             return

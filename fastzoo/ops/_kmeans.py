@@ -136,9 +136,7 @@ def _lloyd(
     return KMeansOutput(centroids, indices, float(d.sum(dtype=torch.float64)), iteration)
 
 
-def _means(
-    x: Tensor, centroids: Tensor, indices: Tensor, d: Tensor, backend: str | None
-) -> Tensor:
+def _means(x: Tensor, centroids: Tensor, indices: Tensor, d: Tensor, backend: str | None) -> Tensor:
     counts, sums = (t.double() for t in vq_statistics(x, indices, len(centroids), backend=backend))
     if not counts.all():
         _fill_empty(x, indices, d, counts, sums)

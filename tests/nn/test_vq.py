@@ -407,6 +407,10 @@ def test_kmeans_starts_the_codebook_once(options: dict[str, Any]) -> None:
     loaded = VectorQuantize(DIM, CODES, kmeans_init=True, **options).eval()
     loaded.load_state_dict(before)
     assert torch.equal(loaded(x[None])[0], found)
+    fresh = VectorQuantize(DIM, CODES, kmeans_init=True, **options)
+    loaded.load_state_dict(fresh.state_dict())
+    loaded(x[None])
+    assert loaded.codebook.any(), "what was loaded had not been initialised"
 
 
 def test_kmeans_of_fewer_vectors_than_codes() -> None:

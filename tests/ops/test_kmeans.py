@@ -96,8 +96,8 @@ def test_empty_clusters_move_as_sklearns(empty: int, iters: int) -> None:
     assert ours.indices.bincount(minlength=8 + empty).min() > 0
     assert ours.inertia == pytest.approx(theirs.inertia_, rel=1e-9)
     # scikit-learn gives the farthest rows to the empty clusters in an order of its own.
-    sets = ({tuple(c.round(9)) for c in t} for t in (ours.centroids.numpy(), theirs.cluster_centers_))
-    assert next(sets) == next(sets)
+    both = ours.centroids.numpy(), theirs.cluster_centers_
+    assert len({frozenset(tuple(c.round(9)) for c in found) for found in both}) == 1
 
 
 def test_the_farthest_row_goes_to_the_lowest_empty_cluster() -> None:
@@ -118,24 +118,51 @@ def test_fewer_distinct_rows_than_clusters() -> None:
         assert len(found.indices.unique()) == 5
 
 
+def test_an_empty_cluster_stays_where_no_row_is_off_its_centroid() -> None:
+    x = torch.tensor([[0.0], [0.0], [1.0], [1.0]], dtype=torch.double)
+    found = ours_from(x, torch.tensor([[0.0], [9.0], [1.0]], dtype=torch.double))
+    assert found.centroids[:, 0].tolist() == [0.0, 9.0, 1.0]
+    assert found.inertia == 0
+
+
 def test_ties_go_to_the_lower_index() -> None:
     x = torch.tensor([[-1.0], [0.0], [1.0]], dtype=torch.double)
     found = ours_from(x, torch.tensor([[1.0], [-1.0]], dtype=torch.double), iters=1)
     assert found.centroids[:, 0].tolist() == [0.5, -1.0]
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_plus_plus_finds_every_far_cloud(offset: float) -> None:
+def test_plus_plus_finds_every_far_cloud() -> None:
     # 200 clouds in 2 million times their own volume: uniform draws would leave out a third.
     places = torch.cartesian_prod(torch.arange(20.0), torch.arange(10.0)) * 50
     x = (places.repeat(10, 1) + torch.rand(2000, 2, generator=torch.Generator().manual_seed(5))) / 4
-    x = (x + offset).to(DEVICE)
+    x = x.to(DEVICE)
     found = ops.kmeans(x, 200, iters=1, generator=torch.Generator().manual_seed(6))
     assert found.indices.bincount(minlength=200).tolist() == [10] * 200
     at_random = ops.kmeans(
         x, 200, init="random", iters=1, generator=torch.Generator().manual_seed(6)
     )
     assert at_random.inertia > 10 * found.inertia
+
+
+def test_an_offset_changes_no_choice() -> None:
+    # On a lattice of 2^-10 the sums with 4096 are exact.
+    x = (mixture(700, 6, 5, seed=13).float() * 1024).round().div(1024).to(DEVICE)
+    near, far = (
+        ops.kmeans(x + offset, 60, iters=1, generator=torch.Generator().manual_seed(4)).centroids
+        for offset in (0, 4096)
+    )
+    torch.testing.assert_close(far - 4096, near, rtol=0, atol=2**-10)
+
+
+def test_plus_plus_draws_by_squared_distance() -> None:
+    # The first row is a zero but for 1 of 500; then 2 is drawn with probability 4 / 5, and 1 leaves
+    # no more than 2 does, so that the first of the candidates stands.
+    x = torch.cat([torch.zeros(1000), torch.tensor([2.0, 1.0])])[:, None].to(DEVICE)
+    generator, runs = torch.Generator().manual_seed(3), 400
+    found = [ops.kmeans(x, 2, iters=1, generator=generator).indices for _ in range(runs)]
+    # The last row joins the zeros where 2 is a centroid: their means move little.
+    share = sum(int(indices[-1] == indices[0]) for indices in found) / runs
+    assert abs(share - 0.8) < 4 * (0.8 * 0.2 / runs) ** 0.5
 
 
 def test_plus_plus_is_as_good_as_sklearns() -> None:
@@ -190,16 +217,21 @@ def test_every_backend_takes_the_same_steps(backend: str) -> None:
     torch.testing.assert_close(found.centroids, expected.centroids, rtol=2**-22, atol=2**-22)
 
 
-def test_inputs_are_left_alone_and_autocast_changes_nothing() -> None:
+def test_inputs_are_left_alone() -> None:
     x = mixture(300, 6, 5, seed=11).float().to(DEVICE).T.contiguous().T.requires_grad_()
     before, init = x.detach().clone(), x.detach()[:7].clone()
-    plain = ops.kmeans(x, 7, init=init, iters=4)
-    with torch.autocast(DEVICE, torch.bfloat16):
-        cast = ops.kmeans(x, 7, init=init, iters=4)
-    assert torch.equal(plain.centroids, cast.centroids)
-    assert not plain.centroids.requires_grad
+    found = ops.kmeans(x, 7, init=init, iters=4)
+    assert not found.centroids.requires_grad
     assert torch.equal(x, before)
     assert torch.equal(init, before[:7])
+
+
+def test_autocast_changes_nothing() -> None:
+    x = mixture(600, 6, 5, seed=11).float().to(DEVICE)
+    plain = ops.kmeans(x, 60, iters=2, generator=torch.Generator().manual_seed(1))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast = ops.kmeans(x, 60, iters=2, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(plain.centroids, cast.centroids)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="measures this process's memory")
