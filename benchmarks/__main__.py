@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks import machine, memory, overhead, report, results
 from benchmarks.results import Record
 from benchmarks.rows import Row, measure_case, select
+from benchmarks.workloads import MEASURED
 from fastzoo.testing import SPECS
 from fastzoo.testing.selftest import default_device
 
@@ -39,7 +40,7 @@ def _line(record: Record) -> str:
 def main(argv: list[str] | None = None) -> int:
     """0 if every answer of fastzoo was right."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--op", choices=SPECS, help="one operator (default: all)")
+    parser.add_argument("--op", choices=MEASURED, help="one operator (default: all)")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers")
     parser.add_argument("--device", default=default_device(), choices=("cpu", "cuda"))

@@ -9,34 +9,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.workloads import COMMITMENT, DECAY, EPS
 from fastzoo import ops, reference
 from fastzoo.reference.boxes import box_area, box_intersection
 from fastzoo.reference.margin_softmax import margin_softmax_target, per_row
 from fastzoo.reference.nms import box_iou_with, falling_order, round_down, soft_decay
 from fastzoo.testing import SPECS
-from fastzoo.testing.losses import leaves, loss_and_gradients
+from fastzoo.testing.losses import deviation, leaves, loss_and_gradients
 
 _ROWS = 1024
 _CLASSES = 8192
 _MANY_BOXES = 50_000
 # A lowered score has a rounding for each box that lowered it, and a cancellation in 1 - overlap.
 _SCORE_TOLERANCE = 1e-3
+_INERTIA_TOLERANCE = 1e-3
+_SUM_TOLERANCE = 1e-5
 
 
-def vq_nearest(x: Tensor, codebook: Tensor) -> Tensor:
+def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", **_: Any) -> Tensor:
     """The definition's answer, found with a float64 matrix product.
 
     The product's score ``x c - |c|^2 / 2`` and half of the definition's, less ``|x|^2 / 2``, are
     sums of at most ``D + 4`` terms, whose magnitudes add up to no more than ``(|x| + |c|)^2``: they
-    differ by at most the bound below. Where only one code is within twice the bound of the best,
-    it is the answer; the other rows go through the definition.
+    differ by at most the bound below, and so do both scores ``x c / |c|`` of a cosine. Where only
+    one code is within twice the bound of the best, it is the answer; the other rows go through the
+    definition.
     """
     rows, codes = x.cpu().double(), codebook.cpu().double()
-    half_square = codes.square().sum(1) / 2
-    norm = half_square.max().mul(2).sqrt()
+    factors, shift = codes, -codes.square().sum(1) / 2
+    norm = codes.square().sum(1).max().sqrt()
+    if metric == "cosine":
+        factors, shift = F.normalize(codes), torch.zeros_like(shift)
+        norm = torch.ones(()).double()
     chosen, alone = [], []
     for part in rows.split(_ROWS):
-        scores = torch.addmm(-half_square, part, codes.t())
+        scores = torch.addmm(shift, part, factors.t())
         best, index = scores.max(1)
         largest = (part.square().sum(1).sqrt() + norm).square()
         bound = 2 * (codes.shape[1] + 4) * 2.0**-53 * largest
@@ -44,9 +51,55 @@ def vq_nearest(x: Tensor, codebook: Tensor) -> Tensor:
         alone.append((scores >= (best - 2 * bound)[:, None]).sum(1) == 1)
     indices, decided = torch.cat(chosen), torch.cat(alone)
     if not decided.all():
-        close: Any = reference.vq_nearest(rows[~decided], codes)
+        close: Any = reference.vq_nearest(rows[~decided], codes, metric=metric)
         indices[~decided] = close
     return indices
+
+
+def vq_quantize(
+    x: Tensor, codebook: Tensor, grad: Tensor, *, beta: float = 0.25
+) -> tuple[Tensor, ...]:
+    """The loss, the codes, and the gradients straight through, in float64 with known indices."""
+    rows, codes = _double_leaf(x), _double_leaf(codebook)
+    chosen = codes[vq_nearest(x, codebook).to(x.device)]
+    loss = (chosen - rows.detach()).square().mean()
+    loss = loss + beta * (rows - chosen.detach()).square().mean()
+    quantized = rows + (chosen - rows).detach()
+    gradients = torch.autograd.grad((loss, quantized), (rows, codes), (None, grad.double()))
+    return loss.detach(), chosen.detach(), *gradients
+
+
+def vector_quantize(x: Tensor, codebook: Tensor, grad: Tensor, **_: Any) -> tuple[Tensor, ...]:
+    """A step of training in float64: the loss, the codes, the codebook after the moving averages
+    of a new module have taken in the vectors, and the gradient of these."""
+    rows, codes = _double_leaf(x), codebook.detach().double()
+    indices = vq_nearest(x.detach().flatten(0, -2), codebook).to(x.device)
+    chosen = codes[indices].view(x.shape)
+    loss = COMMITMENT * (rows - chosen).square().mean()
+    gradient = torch.autograd.grad((loss, rows), rows, (None, grad.double()))
+    counts, sums = reference.vq_statistics(rows.detach().flatten(0, -2), indices, len(codes))
+    size = DECAY + (1 - DECAY) * counts
+    average = DECAY * codes + (1 - DECAY) * sums
+    smoothed = (size + EPS) / (size.sum() + len(codes) * EPS) * size.sum()
+    return loss.detach(), chosen, average / smoothed[:, None], *gradient
+
+
+def vector_quantize_eval(x: Tensor, codebook: Tensor, *_: Any, **__: Any) -> Tensor:
+    return codebook[vq_nearest(x.flatten(0, -2), codebook)].view(x.shape)
+
+
+def kmeans(x: Tensor, initial: Tensor, *, iters: int) -> Tensor:
+    """The inertia after so many rounds in float64; a centroid without points stays."""
+    points, centroids = x.double(), initial.double()
+    for _ in range(iters):
+        counts, sums = reference.vq_statistics(points, vq_nearest(x, centroids), len(initial))
+        centroids = torch.where(counts[:, None] > 0, sums / counts[:, None], centroids)
+    return _inertia(x, centroids)
+
+
+def _inertia(x: Tensor, centroids: Tensor) -> Tensor:
+    wide = centroids.double()
+    return (x.double() - wide[vq_nearest(x, wide)]).square().sum()
 
 
 def _double_leaf(t: Tensor) -> Tensor:
@@ -241,6 +294,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 # Where the definition itself would take minutes, or many times the memory.
 _FAST: dict[str, Callable[..., Any]] = {
     "vq_nearest": vq_nearest,
+    "VectorQuantize": vector_quantize_eval,
+    "kmeans": kmeans,
     "nms": nms,
     "soft_nms": soft_nms,
     "multiclass_nms": multiclass_nms,
@@ -249,13 +304,16 @@ _FAST: dict[str, Callable[..., Any]] = {
 _FAST_LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "margin_softmax_loss": margin_softmax_loss,
     "clip_loss": clip_loss,
+    "vq_quantize": vq_quantize,
+    "VectorQuantize": vector_quantize,
 }
 
 
 def expected(op: str, *args: Any, **kwargs: Any) -> Any:
     """The definition's answer, on the CPU."""
     moved = [a.cpu() if isinstance(a, Tensor) else a for a in args]
-    return _FAST.get(op, SPECS[op].definition)(*moved, **kwargs)
+    find = _FAST.get(op) or SPECS[op].definition
+    return find(*moved, **kwargs)
 
 
 def expected_loss(op: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -266,13 +324,31 @@ def expected_loss(op: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return loss_and_gradients(definition, leaves(args))()
 
 
-def compare(op: str, answer: Any, right: Any, args: tuple[Any, ...] = ()) -> tuple[bool, float]:
+def compare(
+    op: str,
+    answer: Any,
+    right: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> tuple[bool, float]:
     """Whether an answer is right bit for bit, and the share of it that is right.
 
-    Overlaps are right within the tolerance of their operator for ``args``. The share of what is
-    found (boxes, detections, peaks) is taken of sets, since peers may order equal scores in another
-    way and leave out the padding; one whose score is off is not right.
+    Overlaps are right within the tolerance of their operator for ``args``, a fast lookup within
+    that of its precision, and centroids where their inertia is within a thousandth of the right
+    one. The share of what is found (boxes, detections, peaks) is taken of sets, since peers may
+    order equal scores in another way and leave out the padding; one whose score is off is not
+    right.
     """
+    if op == "kmeans":
+        found = _inertia(args[0].cpu(), torch.as_tensor(answer).cpu())
+        near = math.isclose(found, right, rel_tol=_INERTIA_TOLERANCE)
+        return near, float(near)
+    if op == "vq_statistics":
+        near = deviation(tuple(t.cpu() for t in answer), right) <= _SUM_TOLERANCE
+        return near, float(near)
+    if op == "VectorQuantize":
+        same = (answer.cpu() == right).all(-1).flatten()
+        return bool(same.all()), same.double().mean().item()
     if isinstance(right, Tensor) and right.is_floating_point():
         share = _share_within(op, answer.cpu(), right, *args)
         return share == 1, share
@@ -288,7 +364,19 @@ def compare(op: str, answer: Any, right: Any, args: tuple[Any, ...] = ()) -> tup
     indices = torch.as_tensor(answer).cpu().reshape(-1)
     if len(indices) != len(right):
         return False, 0.0
-    return torch.equal(indices, right), (indices == right).double().mean().item()
+    share = (indices == right).double().mean().item()
+    if (kwargs or {}).get("precision") == "fast":
+        return _near_best(indices, right, *args), share
+    return torch.equal(indices, right), share
+
+
+def _near_best(indices: Tensor, right: Tensor, x: Tensor, codebook: Tensor) -> bool:
+    """Whether each code is as near to the best as a fast lookup promises, by squared distances."""
+    rows, codes = x.cpu().double(), codebook.cpu().double()
+    worse = (rows - codes[indices]).square().sum(1) - (rows - codes[right]).square().sum(1)
+    centre = codes.mean(0)
+    size = (rows - centre).norm(dim=1) + (codes - centre).norm(dim=1).max()
+    return bool((worse <= (2**-7 + codes.shape[1] * 2**-20) * size.square()).all())
 
 
 def _equal(answer: Any, right: Any) -> bool:

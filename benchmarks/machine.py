@@ -19,6 +19,8 @@ _PACKAGES = (
     "faiss-cpu",
     "opencv-python-headless",
     "pytorch-metric-learning",
+    "scikit-learn",
+    "vector-quantize-pytorch",
     "numpy",
 )
 

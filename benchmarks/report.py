@@ -18,13 +18,17 @@ answer is checked before it is timed. Where it is made of indices, fastzoo's mus
 definition's bit for bit, lowered scores included, or there is no time and no ratio; of a peer, the
 share of right answers is shown, and one below 99 % is not timed. Overlaps must come as near to
 their float64 values as rounding explains. A loss is timed forward and backward, together with the
-gradients that belong to it, and all of these must come as near. Times are medians; what a user of a
-peer does once (building an index, converting boxes, compiling) is not counted. A ratio is a peer's
-time over fastzoo's: above 1, fastzoo is faster. Memory is the peak beyond the inputs and the
-gradients; on a CPU it is seen every 0.2 ms, so a short call shows none. `floor` is the share of the
-least possible time: the case's operations (of a loss of scores four matrix products, the least
-there is without the logits in memory) at the fastest matrix product that torch reaches on the
-machine, or its bytes at the speed of a copy.
+gradients that belong to it, and all of these must come as near; so is a quantiser with the gradient
+that a decoder sends back, and a step of a module with the state that it leaves: every call of it
+starts from the same state, and copies that in. Of a lookup in fast precision each code must be as
+near to the best as its documentation says; of k-means the inertia of the centroids, of the same
+initial ones after the same rounds, must be within a thousandth of that in float64. Times are
+medians; what a user of a peer does once (building an index, converting boxes, compiling) is not
+counted. A ratio is a peer's time over fastzoo's: above 1, fastzoo is faster. Memory is the peak
+beyond the inputs and the gradients; on a CPU it is seen every 0.2 ms, so a short call shows none.
+`floor` is the share of the least possible time: the case's operations (of a loss of scores four
+matrix products, the least there is without the logits in memory) at the fastest matrix product that
+torch reaches on the machine, or its bytes at the speed of a copy.
 
 Measure your own machine with `make bench`, or `python -m fastzoo selftest --bench` where only the
 package is installed.
@@ -281,11 +285,17 @@ def memory_text(size: int) -> str:
 def _answers_text(report: Record, op: str, names: list[str]) -> str:
     timed = [row for row in report["rows"] if row["op"] == op and "seconds" in row]
     if any("deviation" in row for row in timed):
-        errors = _cells(report, op, names, lambda row: f"{row['deviation']:.0e}")
-        return f"Largest relative error of the loss and its gradients:\n\n{errors}"
+        return "Largest relative error of the results and their gradients:\n\n" + _cells(
+            report, op, names, _error_text
+        )
     if all(row["equal"] == 1 for row in timed):
         return "Every answer that was timed is right in full.\n"
     return "Right answers:\n\n" + _cells(report, op, names, lambda row: share_text(row["equal"]))
+
+
+def _error_text(row: Record) -> str:
+    """Of a case without gradients, whose answers are right or wrong, the share that is right."""
+    return f"{row['deviation']:.0e}" if "deviation" in row else share_text(row["equal"])
 
 
 def share_text(share: float) -> str:

@@ -11,8 +11,10 @@ from torch import Tensor
 from benchmarks.expected import compare, expected, expected_loss
 from benchmarks.implementation import Implementation, Loss, Unavailable, first_line
 from benchmarks.peers import PEERS
+from benchmarks.workloads import MEASURED, Workload, prepared
+from fastzoo import _native
 from fastzoo.ops._operator import OPERATORS
-from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
+from fastzoo.testing import BenchmarkCase, OpSpec
 from fastzoo.testing.losses import deviation, leaves, loss_and_gradients, with_gradients
 from fastzoo.testing.timing import measure_together, peak_memory
 
@@ -20,27 +22,57 @@ from fastzoo.testing.timing import measure_together, peak_memory
 _LEAST_SHARE = 0.99
 
 
-def _fastzoo(spec: OpSpec, backend: str, *args: Any, **kwargs: Any) -> Any:
+# Products in float32 alone, where a CPU also has them in bfloat16.
+_WITHOUT_BFLOAT16 = "avx512"
+
+
+def _fastzoo(spec: OpSpec | Workload, backend: str, *args: Any, **kwargs: Any) -> Any:
     reason = OPERATORS[spec.operator].refusal(backend, args[0].device.type)
     if reason is not None:
         raise Unavailable(reason)
-    call = functools.partial(spec.function, *args, **kwargs, backend=backend)
+    call = prepared(spec, backend, *args, **kwargs)
     wanted = leaves(args)
     return Loss(call, wanted) if wanted else call
 
 
+def _in_float32(spec: OpSpec | Workload, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    if _native.cpu_capability() != "avx512_bf16":
+        raise Unavailable("the default is the same: this CPU has no products in bfloat16")
+    call = prepared(spec, "cpu", *args, **kwargs)
+
+    def forced() -> Any:
+        _native.force_cpu_capability(_WITHOUT_BFLOAT16)
+        try:
+            return call()
+        finally:
+            _native.force_cpu_capability(None)
+
+    return forced
+
+
 def implementations(op: str, device: str) -> list[Implementation]:
     """fastzoo's backends for a device, then the peers that have the operator."""
-    owner = OPERATORS[SPECS[op].operator].owner(device)
+    spec = MEASURED[op]
+    operator = OPERATORS[spec.operator]
+    owner = operator.owner(device)
     own = [
         Implementation(
             f"fastzoo {backend}",
-            {op: functools.partial(_fastzoo, SPECS[op], backend)},
+            {op: functools.partial(_fastzoo, spec, backend)},
             kind="auto" if backend == owner else "backend",
         )
-        for backend in OPERATORS[SPECS[op].operator].has
+        for backend in operator.has
         if backend == device or (backend == "triton" and device == "cuda")
     ]
+    if (op, device) == ("vq_nearest", "cpu"):
+        own.append(
+            Implementation(
+                f"fastzoo cpu {_WITHOUT_BFLOAT16}",
+                {op: functools.partial(_in_float32, spec)},
+                kind="backend",
+                note="its kernels on a CPU without products in bfloat16",
+            )
+        )
     return own + [peer for peer in PEERS if op in peer.operators]
 
 
@@ -48,7 +80,7 @@ def implementations(op: str, device: str) -> list[Implementation]:
 class Problem:
     """One case on a device; its inputs and the right answer are made once for all its rows."""
 
-    spec: OpSpec
+    spec: OpSpec | Workload
     case: BenchmarkCase
     shape: dict[str, int]
     device: str
@@ -93,8 +125,11 @@ class Row:
         return prepare(*problem.args, **problem.case.kwargs)
 
     def _of_loss(self, loss: Loss) -> Callable[[], tuple[Tensor, ...]]:
-        autocast = self.problem.case.autocast if loss.autocast else None
-        return loss_and_gradients(loss.forward, loss.inputs, autocast)
+        case = self.problem.case
+        autocast = case.autocast if loss.autocast else None
+        return loss_and_gradients(
+            loss.forward, loss.inputs, autocast, case.seeds(*self.problem.args)
+        )
 
     def call(self) -> Callable[[], Any]:
         """The call, unchecked.
@@ -118,7 +153,9 @@ class Row:
             call = self._of_loss(prepared)
             return call, {"equal": 1.0, "deviation": self._checked_deviation(prepared, call())}
         problem = self.problem
-        exact, share = compare(problem.spec.name, prepared(), problem.right, problem.args)
+        exact, share = compare(
+            problem.spec.name, prepared(), problem.right, problem.args, problem.case.kwargs
+        )
         passed = share >= _LEAST_SHARE if self.implementation.kind == "peer" else exact
         if not passed:
             raise AssertionError(f"wrong answer: {share:.2%} of it is right")
@@ -161,15 +198,15 @@ def select(
 
     ``peers`` keeps only the peers of these names.
     """
-    if op is not None and op not in SPECS:
-        raise ValueError(f"unknown operator {op!r}, expected one of {', '.join(SPECS)}")
+    if op is not None and op not in MEASURED:
+        raise ValueError(f"unknown operator {op!r}, expected one of {', '.join(MEASURED)}")
     unknown = set(peers or ()) - {peer.name for peer in PEERS}
     if unknown:
         known = ", ".join(peer.name for peer in PEERS)
         raise ValueError(f"unknown peer {min(unknown)!r}, expected some of {known}")
     return [
         Row(problem, implementation)
-        for spec in SPECS.values()
+        for spec in MEASURED.values()
         if op in (None, spec.name)
         for problem in _problems(spec, device, case, shape)
         for implementation in implementations(spec.name, device)
@@ -179,7 +216,7 @@ def select(
 
 
 def _problems(
-    spec: OpSpec, device: str, case: str, shape: dict[str, int] | None
+    spec: OpSpec | Workload, device: str, case: str, shape: dict[str, int] | None
 ) -> Iterator[Problem]:
     for known in spec.benchmarks:
         if (

@@ -5,6 +5,7 @@ loaded only beside a torch of the same CUDA major.
 """
 
 import ctypes
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -60,8 +61,11 @@ def load_emulator(path: str | os.PathLike[str]) -> None:
     emulator_loaded = True
 
 
+_open = functools.cache(ctypes.CDLL)
+
+
 def _cpu_library() -> ctypes.CDLL | None:
-    return None if cpu_missing else ctypes.CDLL(str(library("_C_cpu")))
+    return None if cpu_missing else _open(str(library("_C_cpu")))
 
 
 def cpu_capability() -> str | None:

@@ -12,13 +12,13 @@ import torch
 pytest.importorskip("matplotlib")
 
 from benchmarks import expected as oracle
-from benchmarks import machine, memory, overhead, report, results
+from benchmarks import machine, memory, overhead, report, results, workloads
 from benchmarks.__main__ import main
 from benchmarks.expected import compare, expected_loss, vq_nearest
 from benchmarks.implementation import Implementation, Loss, Unavailable, require_memory
 from benchmarks.peers import PEERS, partial_fc
 from benchmarks.rows import Problem, Row, measure_row, select
-from fastzoo import ops, reference
+from fastzoo import _native, ops, reference
 from fastzoo.testing import SPECS, deviation, loss_and_gradients
 from fastzoo.testing.boxes import random_boxes
 from fastzoo.testing.detections import detector_output
@@ -85,7 +85,8 @@ def test_a_wrong_answer_gets_no_time() -> None:
 
 
 def _problem(op: str, shape: dict[str, int], number: int = 0) -> Problem:
-    return Problem(SPECS[op], SPECS[op].benchmarks[number], shape, "cpu")
+    work = workloads.MEASURED[op]
+    return Problem(work, work.benchmarks[number], shape, "cpu")
 
 
 def _loss_row(problem: Problem, formula: Any, inputs: Any = leaves, **fields: Any) -> Row:
@@ -346,7 +347,111 @@ def test_fast_oracle_is_the_definition() -> None:
     broken[3, 2], broken[4, 1] = torch.nan, torch.inf
     for codes in (codebook, tied, near, broken, codebook + 1000):
         for rows in (x, x + 1000, (x * 2).round()):
-            assert torch.equal(vq_nearest(rows, codes), reference.vq_nearest(rows, codes))
+            for metric in ("l2", "cosine"):
+                right = reference.vq_nearest(rows, codes, metric=metric)
+                assert torch.equal(vq_nearest(rows, codes, metric=metric), right)
+
+
+def test_quantiser_with_known_indices_is_the_definition() -> None:
+    x, codebook, gradient = _problem("vq_quantize", {"n": 40, "k": 20, "dim": 5}).args
+    wide = with_gradients((x.double(), codebook.double()), (0, 1))
+
+    def results() -> tuple[torch.Tensor, ...]:
+        output = reference.vq_quantize(*wide)
+        return output.loss, output.quantized
+
+    seeds = (None, gradient.double())
+    right = loss_and_gradients(results, leaves(wide), seeds=seeds)()
+    found = expected_loss("vq_quantize", x, codebook, gradient)
+    assert deviation(found, right) < 1e-12
+    assert float(right[-1].norm()) > 0.1
+
+
+def test_step_in_float64_is_that_of_the_operators() -> None:
+    x, codebook, gradient = _problem("VectorQuantize", {"n": 40, "k": 20, "dim": 5}).args
+    wide, codes = x.double().requires_grad_(), codebook.double().clone()
+    sizes, average = torch.ones(20).double(), codes.clone()
+    output = ops.vq_quantize(
+        wide, codes, beta=workloads.COMMITMENT, codebook_weight=0.0, return_stats=True
+    )
+    running = {"decay": workloads.DECAY, "eps": workloads.EPS}
+    ops.vq_ema_update_(codes, sizes, average, output.counts, output.sums, **running)
+    both = output.loss, output.quantized
+    (own,) = torch.autograd.grad(both, wide, (None, gradient.double()))
+    right = output.loss.detach(), output.quantized.detach(), codes, own
+    found = expected_loss("VectorQuantize", x, codebook, gradient, training=True)
+    assert deviation(found, right) < 1e-12
+    assert float((codes - codebook).norm()) > 0.1
+
+
+def test_a_wrong_step_gets_no_time() -> None:
+    eager = workloads.VECTOR_QUANTIZE.eager
+
+    def stale(x: Any, codebook: Any, gradient: Any, training: bool) -> Any:
+        return *eager(x, codebook, gradient, training=training)[:2], codebook.detach()
+
+    def unseeded(x: Any, codebook: Any, gradient: Any, training: bool) -> Any:
+        loss, quantized, updated = eager(x, codebook, gradient, training=training)
+        return loss, 2 * quantized - quantized.detach(), updated
+
+    for formula, right in ((eager, True), (stale, False), (unseeded, False)):
+        problem = _problem("VectorQuantize", {"n": 40, "k": 20, "dim": 5})
+
+        def prepare(*args: Any, formula: Any = formula, **kwargs: Any) -> Loss:
+            return Loss(lambda: formula(*args, **kwargs), leaves(args))
+
+        planted = Implementation("planted", {"VectorQuantize": prepare})
+        record = measure_row(Row(problem, planted), budget=0.01)
+        assert ("seconds" in record) == right, record
+        assert right or "wrong answer: off by" in record["error"]
+
+
+def test_centroids_are_right_by_their_inertia() -> None:
+    problem = _problem("kmeans", {"n": 600, "k": 20, "dim": 3})
+    eager = workloads.KMEANS.eager
+    found = eager(*problem.args, iters=5)
+    other = found.flip(0).numpy()
+    for centroids, right in ((found, True), (other, True), (eager(*problem.args, iters=2), False)):
+        assert compare("kmeans", centroids, problem.right, problem.args) == (right, float(right))
+
+
+def test_statistics_are_right_within_rounding() -> None:
+    problem = _problem("vq_statistics", {"n": 300, "k": 9, "dim": 3})
+    counts, sums = problem.right
+    near = counts, sums * (1 + 2**-22)
+    assert compare("vq_statistics", near, problem.right) == (True, 1.0)
+    assert compare("vq_statistics", (counts, sums.flip(0)), problem.right) == (False, 0.0)
+
+
+def test_a_fast_lookup_may_miss_by_little() -> None:
+    problem = _problem("vq_nearest", {"n": 40, "k": 20, "dim": 5})
+    x, codebook = problem.args
+    second = ops.vq_nearest(x, codebook, k=2)[:, 1]
+    fast = {"precision": "fast"}
+    near = codebook + 2**-8 * codebook.roll(1, 0)
+    twice = torch.cat([codebook, near])
+    assert compare("vq_nearest", problem.right, problem.right, (x, codebook), fast) == (True, 1.0)
+    assert not compare("vq_nearest", second, problem.right, (x, codebook), fast)[0]
+    passed, share = compare(
+        "vq_nearest", problem.right + 20, vq_nearest(x, twice), (x, twice), fast
+    )
+    assert passed
+    assert share < 1
+
+
+@pytest.mark.skipif(_native.cpu_capability() != "avx512_bf16", reason="no products in bfloat16")
+def test_plain_float32_is_measured_on_its_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = select("vq_nearest", device="cpu", shape={"n": 20, "k": 30, "dim": 4})
+    (row,) = (r for r in rows if r.implementation.name == "fastzoo cpu avx512")
+    seen = []
+
+    def prepared(*_: Any, **__: Any) -> Any:
+        return lambda: seen.append(_native.cpu_capability())
+
+    monkeypatch.setattr("benchmarks.rows.prepared", prepared)
+    row.call()()
+    assert seen == ["avx512"]
+    assert _native.cpu_capability() == "avx512_bf16"
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.1, 0.5])
@@ -438,9 +543,18 @@ SMALL = {
     "box_iou": {"n": 20, "m": 30},
     "complete_box_iou_loss": {"n": 20},
     "vq_nearest": {"n": 20, "k": 30, "dim": 4},
+    "vq_quantize": {"n": 20, "k": 30, "dim": 4},
+    "VectorQuantize": {"n": 20, "k": 30, "dim": 4},
+    "vq_statistics": {"n": 20, "k": 30, "dim": 4},
+    "kmeans": {"n": 200, "k": 30, "dim": 4},
     "margin_softmax_loss": FACES,
     "clip_loss": PAIRS,
 }
+
+
+def _is_fast(row: Row) -> bool:
+    """Codes that are near enough to the best need not be the best."""
+    return row.problem.case.kwargs.get("precision") == "fast"
 
 
 def _answers(names: set[str], op: str) -> None:
@@ -448,7 +562,8 @@ def _answers(names: set[str], op: str) -> None:
         for row in select(op, device="cpu", case=case, shape=SMALL[op], peers=names):
             record = measure_row(row, budget=0.001)
             assert "error" not in record, record
-            assert record.get("equal") == 1.0 or record["reason"], record
+            right = record.get("equal") == 1.0 or _is_fast(row)
+            assert right or record["reason"], record
 
 
 def test_every_operator_that_is_measured_has_a_small_case() -> None:
@@ -538,7 +653,7 @@ def test_pytest_collects_and_runs_rows() -> None:
     pytest.importorskip("pytest_benchmark")
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-disable"]
     run = subprocess.run(
-        [*command, "-k", "1 and box and eager or vq and 1024 and faiss"],
+        [*command, "-k", "1 and box and eager or vq_nearest and 1024 and faiss"],
         cwd=ROOT,
         capture_output=True,
         text=True,

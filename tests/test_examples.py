@@ -1,5 +1,6 @@
 """The examples, in short."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from examples import face_margin, nms_methods
+from examples import face_margin, nms_methods, vqvae_digits
 from fastzoo import ops
 
 
@@ -71,3 +72,35 @@ def test_boxes_of_the_picture_hold_what_they_are_around() -> None:
     corners = nms_methods.corners_of(rotated)
     low, high = corners.amin(1), corners.amax(1)
     assert torch.allclose(nms_methods.around(rotated), torch.cat([low, high], 1), atol=1e-3)
+
+
+def test_a_codebook_learns_through_the_fused_quantiser_as_through_its_definition(
+    tmp_path: Path,
+) -> None:
+    known, unknown = vqvae_digits.digits()
+    assert (len(known), len(unknown)) == (1297, 500)
+    mean = vqvae_digits.mean_image_error(known, unknown)
+    assert mean == pytest.approx(0.0740, abs=5e-5)
+    fused, reference, fixed = (
+        vqvae_digits.rebuild(vqvae_digits.train(known, steps=60, **options), unknown)
+        for options in ({}, {"backend": "reference"}, {"random_codes": True})
+    )
+    assert fused.error == pytest.approx(reference.error, rel=0.01)
+    assert fused.perplexity == pytest.approx(reference.perplexity, rel=0.02)
+    assert fused.error < 0.6 * mean
+    assert fixed.error > 1.3 * fused.error
+    output = tmp_path / "vqvae.png"
+    vqvae_digits.draw(unknown, fused, fixed, output)
+    assert output.stat().st_size > 10_000
+
+
+def test_a_trained_codebook_has_to_reach_its_figures() -> None:
+    usage = torch.full((64,), 1 / 64)
+    good = vqvae_digits.Outcome(torch.empty(0), usage, 0.004)
+    fixed = dataclasses.replace(good, error=0.02)
+    assert good.perplexity == pytest.approx(64)
+    assert vqvae_digits.passed(good, good, fixed)
+    assert not vqvae_digits.passed(good, dataclasses.replace(good, error=0.007), fixed)
+    assert not vqvae_digits.passed(good, good, dataclasses.replace(fixed, error=0.01))
+    few = torch.cat([torch.full((20,), 1 / 20), torch.zeros(44)])
+    assert not vqvae_digits.passed(dataclasses.replace(good, usage=few), good, fixed)

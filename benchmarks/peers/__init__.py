@@ -11,8 +11,10 @@ from benchmarks.peers import (
     opencv,
     partial_fc,
     scalar,
+    sklearn,
     torch_compile,
     torchvision,
+    vector_quantize,
 )
 
 PEERS: tuple[Implementation, ...] = (
@@ -22,6 +24,8 @@ PEERS: tuple[Implementation, ...] = (
     torchvision.PEER,
     opencv.PEER,
     faiss.PEER,
+    sklearn.PEER,
+    vector_quantize.PEER,
     cdist.PEER,
     metric_learning.PEER,
     partial_fc.PEER,

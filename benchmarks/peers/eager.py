@@ -5,13 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.implementation import Implementation, Loss, require_memory
-from fastzoo.testing import SPECS, OpSpec
+from benchmarks.workloads import MEASURED, Workload
+from fastzoo.testing import OpSpec
 from fastzoo.testing.boxes import eager_box_iou
 from fastzoo.testing.detections import eager_multiclass_nms
 from fastzoo.testing.losses import leaves
+from fastzoo.testing.vq import VQ_NEAREST
 
 
 def matrix_nms(
@@ -58,16 +61,24 @@ def soft_nms(
         left[i] = -torch.inf
 
 
+def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", **_: Any) -> Tensor:
+    if metric == "cosine":
+        return (x @ F.normalize(codebook).t()).argmax(1)
+    found: Tensor = VQ_NEAREST.eager(x, codebook)
+    return found
+
+
 # Where the keyword arguments of a case count, and what the formula then is.
 _WITH_OPTIONS: dict[str, Callable[..., Any]] = {
     "matrix_nms": matrix_nms,
     "multiclass_nms": eager_multiclass_nms,
     "soft_nms": soft_nms,
+    "vq_nearest": vq_nearest,
 }
 _BYTES: dict[str, Callable[..., float]] = {"matrix_nms": _matrix_bytes}
 
 
-def formula(spec: OpSpec, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+def formula(spec: OpSpec | Workload, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     """The formula of an operator with its options, to be called with the positional arguments.
 
     Raises:
@@ -75,26 +86,28 @@ def formula(spec: OpSpec, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     """
     needed = _BYTES.get(spec.name, spec.eager_bytes)
     require_memory(needed(*args), args[0].device.type)
+    if isinstance(spec, Workload):
+        return functools.partial(spec.eager, **kwargs)
     if spec.name in _WITH_OPTIONS:
         return functools.partial(_WITH_OPTIONS[spec.name], **kwargs)
     return spec.eager
 
 
-def _prepare(spec: OpSpec, *args: Any, **kwargs: Any) -> Any:
+def _prepare(spec: OpSpec | Workload, *args: Any, **kwargs: Any) -> Any:
     call = functools.partial(formula(spec, *args, **kwargs), *args)
     wanted = leaves(args)
     return Loss(call, wanted) if wanted else call
 
 
-def _without_autocast(spec: OpSpec, *args: Any, **_: Any) -> Loss:
+def _without_autocast(spec: OpSpec | Workload, *args: Any, **_: Any) -> Loss:
     require_memory(spec.eager_bytes(*args), args[0].device.type)
     return Loss(functools.partial(spec.eager, *args), leaves(args), autocast=False)
 
 
-PEER = Implementation("eager", {op: functools.partial(_prepare, s) for op, s in SPECS.items()})
+PEER = Implementation("eager", {op: functools.partial(_prepare, s) for op, s in MEASURED.items()})
 FLOAT32 = Implementation(
     "eager float32",
-    {op: functools.partial(_without_autocast, spec) for op, spec in SPECS.items()},
+    {op: functools.partial(_without_autocast, spec) for op, spec in MEASURED.items()},
     note="the same formula without autocast",
     autocast=True,
 )

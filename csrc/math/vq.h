@@ -14,6 +14,19 @@ namespace fastzoo::math {
 
 enum class Metric : int { l2 = 0, cosine = 1, dot = 2 };
 
+// False where no metric has the name. Host only.
+static inline bool metric_named(const char* name, Metric& metric) {
+  return value_named(name, {"l2", "cosine", "dot"}, metric);
+}
+
+// What stands for the gradient of a chosen code by its row.
+enum class Estimator : int { ste = 0, rotation = 1, none = 2 };
+
+// False where no estimator has the name. Host only.
+static inline bool estimator_named(const char* name, Estimator& estimator) {
+  return value_named(name, {"ste", "rotation", "none"}, estimator);
+}
+
 // The term that dimension adds to the exact score's sum (for l2 the sum is negated at the end).
 FASTZOO_HD double score_term(Metric metric, double x, double c) {
   if (metric == Metric::l2) {

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastzoo import ops
+from fastzoo.nn._state import updates_state
 from fastzoo.ops._checks import check_tensor
 from fastzoo.ops._collectives import Batch, for_average, log_of_sum, sum_over, world
 from fastzoo.ops.margin_softmax import (
@@ -98,13 +99,6 @@ class _Head(nn.Module):
         if self.state is not None:
             self.state.copy_(self.margin.initial_state(self.state))
 
-    def _updates(self) -> bool:
-        """Whether a forward enters the running state: in training, but not where activation
-        checkpointing runs a forward again, which is in the midst of a backward."""
-        if torch.compiler.is_compiling():
-            return self.training
-        return self.training and torch._C._current_graph_task_id() == -1
-
     def checkpointed(self, rows: Tensor) -> Tensor:
         """A tensor like ``weight``, an optimizer's momentum say, as checkpoints have it."""
         return rows.unflatten(0, (-1, self.sub_centers)) if self.sub_centers > 1 else rows
@@ -165,7 +159,7 @@ class MarginSoftmaxLoss(_Head):
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """The loss of ``embeddings [N, D]`` with ``labels [N]``; negative labels are left out."""
-        updates = self._updates()
+        updates = updates_state(self)
         result = ops.margin_softmax_loss(
             embeddings,
             self.weight,
@@ -312,7 +306,7 @@ class ShardedMarginSoftmaxLoss(_Head):
         if y.device.type == "cpu" and bool((valid & (y >= self.num_classes)).any()):
             raise ValueError(f"labels: expected less than {self.num_classes}, got {int(y.max())}")
         classes, class_weight = self._operands(x, weight, torch.where(valid, y, -1))
-        updates = self._updates()
+        updates = updates_state(self)
         margin = self.margin if updates else self._frozen
         s = row_scale(margin, self.scale, classes.embeddings)
         state = state_of(margin, self.state, s)
@@ -381,7 +375,7 @@ class ShardedMarginSoftmaxLoss(_Head):
         """The classes of a step, ascending: those of the labels, and others by chance."""
         # A forward that activation checkpointing runs again draws what it drew.
         step = self.step
-        if self._updates():
+        if updates_state(self):
             self.step += 1
         else:
             step -= 1

@@ -1,5 +1,6 @@
 """The public operators: checked arguments, one dispatcher operator each, any backend."""
 
+from fastzoo.ops._kmeans import KMeansOutput, kmeans
 from fastzoo.ops.boxes import (
     box_iou,
     box_iou_rotated,
@@ -49,6 +50,7 @@ __all__ = [
     "Detections",
     "Distances",
     "Grid",
+    "KMeansOutput",
     "LSoftmax",
     "MagFace",
     "Margin",
@@ -66,6 +68,7 @@ __all__ = [
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "info_nce",
+    "kmeans",
     "margin_softmax_logits",
     "margin_softmax_loss",
     "matrix_nms",

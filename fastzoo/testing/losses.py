@@ -11,21 +11,28 @@ _ROWS = 1 << 14
 
 
 def loss_and_gradients(
-    loss: Callable[[], Tensor], inputs: tuple[Tensor, ...], autocast: torch.dtype | None = None
+    loss: Callable[[], Tensor | tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    autocast: torch.dtype | None = None,
+    seeds: tuple[Tensor | None, ...] = (None,),
 ) -> Callable[[], tuple[Tensor, ...]]:
     """A call that goes forward and backward; as in training, autocast ends with the forward.
 
     Args:
-        loss: returns the scalar.
+        loss: returns the scalar, or several results.
         inputs: what the gradients are taken of.
         autocast: the dtype to run the forward in; None without autocast.
+        seeds: what the backward starts from, of each result that has a gradient; None of a scalar.
     """
     device = inputs[0].device.type
 
     def call() -> tuple[Tensor, ...]:
         with torch.autocast(device, autocast, enabled=autocast is not None):
             value = loss()
-        return value.detach(), *torch.autograd.grad(value, inputs)
+        results = value if isinstance(value, tuple) else (value,)
+        varying = [result for result in results if result.requires_grad]
+        gradients = torch.autograd.grad(varying, inputs, seeds)
+        return *(result.detach() for result in results), *gradients
 
     return call
 

@@ -40,6 +40,8 @@ class BenchmarkCase:
         flops, bytes: of the arguments, the least any implementation must do and move.
         gradients: positions of the arguments whose gradients belong to the call, which then goes
             forward and backward; none where the answer is made of integers.
+        seeds: of the arguments, what the backward starts from; see
+            :func:`fastzoo.testing.losses.loss_and_gradients`.
         tolerance: of the arguments, the relative error allowed of a loss and its gradients; see
             :func:`fastzoo.testing.losses.deviation`.
         autocast: the dtype of torch.autocast around the forward.
@@ -53,6 +55,7 @@ class BenchmarkCase:
     flops: Callable[..., float]
     bytes: Callable[..., float]
     gradients: tuple[int, ...] = ()
+    seeds: Callable[..., tuple[Tensor | None, ...]] = lambda *args: (None,)
     tolerance: Callable[..., float] = lambda *args, **kwargs: 0.0
     autocast: torch.dtype | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")

@@ -75,9 +75,9 @@ def test_decisions_are_not_contracted(build: tuple[Path, str]) -> None:
     ptx = functions(dump(build[0], "--dump-ptx"), r"\.entry (\w+)\(")
     keep = [body for name, body in ptx if re.search("nms_keep|soft_nms_take|matrix_nms_pass", name)]
     # For double inputs the fast pass asks for fused operations in double, by name.
-    exact = [body for name, body in ptx if "vq_finish" in name and "IddE" not in name]
+    exact = [body for name, body in ptx if "vq_finish" in name and "DoublePass" not in name]
     assert len(keep) >= 20
-    assert len(exact) >= 3
+    assert len(exact) == 3 * 2
     for body in keep:
         assert "fma.rn" not in body
         assert "div.rn" in body
@@ -90,10 +90,10 @@ def test_decisions_are_not_contracted(build: tuple[Path, str]) -> None:
 def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:
     sass = functions(dump(build[0], "--dump-sass"), r"Function : (\w+)")
     keep = [body for name, body in sass if "nms_keep" in name]
-    tiles = [body for name, body in sass if re.search("margin_softmax_scan|contrastive_scan", name)]
+    tiles = [body for name, body in sass if re.search("(softmax|contrastive|vq)_scan", name)]
     rows = [body for name, body in sass if re.search("margin_softmax_factors|_positives", name)]
     assert len(keep) >= 4
-    assert len(tiles) == len(ARCHITECTURES) * (12 + 12)
+    assert len(tiles) == len(ARCHITECTURES) * (12 + 12 + 6)
     assert len(rows) == len(ARCHITECTURES) * (4 + 4)
     for body in keep:
         assert "LDS.128" in body
@@ -105,19 +105,23 @@ def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:
 
 def test_products_take_the_units_of_their_precision(build: tuple[Path, str]) -> None:
     sass = functions(dump(build[0], "--dump-sass"), r"Function : (\w+)")
-    scans = [(name, body) for name, body in sass if re.search("(softmax|contrastive)_scan", name)]
+    scans = [
+        (name, body) for name, body in sass if re.search("(softmax|contrastive|vq)_scan", name)
+    ]
     units = {
         r"MmaScheme\w*MmaTypeE0": "HMMA.16816.F32 ",
         r"MmaScheme\w*MmaTypeE1": "HMMA.16816.F32.BF16",
         "FusedSchemeIfE": "FFMA",
         "FusedSchemeIdE": "DFMA",
+        "vq_scan.*(Split|Fast)Pass": "HMMA.16816.F32.BF16",
+        "vq_scan.*DoublePass": "DFMA",
     }
     seen = dict.fromkeys(units, 0)
     for name, body in scans:
         (scheme,) = (scheme for scheme in units if re.search(scheme, name))
         seen[scheme] += 1
         assert units[scheme] in body, name
-        # float32 is never rounded on the way.
-        assert ("HMMA" in body) == scheme.startswith("Mma"), name
+        # Nothing is rounded on the way that the scheme does not round.
+        assert ("HMMA" in body) == units[scheme].startswith("HMMA"), name
     assert all(count % len(ARCHITECTURES) == 0 for count in seen.values())
     assert all(seen.values())

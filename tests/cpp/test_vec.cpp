@@ -127,9 +127,36 @@ void check_conversion(int& failures, int mantissa_bits, int bias) {
   }
 }
 
+template <class T>
+void check_transpose(int& failures) {
+  constexpr int kSize = Vec<T>::size;
+  T values[kSize][kSize];
+  Vec<T> rows[kSize];
+  for (int i = 0; i < kSize; ++i) {
+    for (int j = 0; j < kSize; ++j) values[i][j] = static_cast<T>(i * kSize + j);
+    rows[i] = Vec<T>::load(values[i]);
+  }
+  transpose(rows);
+  bool equal = true;
+  for (int i = 0; i < kSize; ++i) {
+    for (int j = 0; j < kSize; ++j) equal = equal && rows[i][j] == values[j][i];
+  }
+  CHECK(equal);
+
+  constexpr int kSums = kSize / Vec<double>::size;
+  Vec<double> sums[kSums];
+  for (int i = 0; i < kSums; ++i) sums[i] = Vec<double>(1.0);
+  add_squares(Vec<T>::load(values[0]), sums);
+  for (int i = 0; i < kSize; ++i) {
+    CHECK(sums[i / Vec<double>::size][i % Vec<double>::size] == 1 + i * i);
+  }
+}
+
 }  // namespace
 
 void check_vec(int& failures) {
+  check_transpose<float>(failures);
+  check_transpose<double>(failures);
   check_arithmetic<float>(failures, 0x1p-149f);
   check_arithmetic<double>(failures, 0x1p-1074);
   check_conversion<Half>(failures, 10, 15);

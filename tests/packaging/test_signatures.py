@@ -76,7 +76,7 @@ def test_every_native_kernel_tells_its_signature(library: Path) -> None:
         "nms.cpu: Tensor Tensor int -> Tensor",
         "nms.cpu: Tensor Tensor -> Tensor",
         "nms.cpu: Tensor Tensor float -> Tensor Tensor",
-        "vq_nearest: Tensor Tensor str -> Tensor",
+        "vq_nearest: Tensor Tensor Tensor str int str -> Tensor",
         "nms.metal: Tensor Tensor float -> Tensor",
         "sort: Tensor -> Tensor",
     ],
@@ -87,6 +87,7 @@ def test_a_wrong_signature_is_seen(line: str) -> None:
 
 def test_a_right_signature_passes() -> None:
     lines = (
-        "nms: Tensor Tensor float -> Tensor\nvq_nearest.cpu: Tensor Tensor str -> Tensor Tensor "
+        "nms: Tensor Tensor float -> Tensor\n"
+        "vq_nearest.cpu: Tensor Tensor Tensor str int str -> Tensor Tensor "
     )
     assert mismatches(parse(lines)) == []

@@ -1,10 +1,10 @@
-// Nearest-codebook lookup: a fast pass of the tile product over packed codes, whose epilogue keeps,
-// for each row, every code that could be the answer; those are then scored exactly. csrc/math/vq.h
-// defines the answer and proves the bound.
+// Nearest-codebook lookup: a fast pass of the tile product over packed codes keeps, for each row,
+// the few panels of codes that could hold the answer; their codes are then scored ever more
+// exactly. csrc/math/vq.h defines the answer and proves the bound.
 #include "vq.h"
 
-#include "../runtime/convert.h"
-#include "../runtime/tile_gemm.h"
+#include "../runtime/arena.h"
+#include "../runtime/tile_product.h"
 
 namespace fastzoo::cpu::FASTZOO_CPU_ISA {
 namespace {
@@ -35,45 +35,194 @@ FASTZOO_INLINE double exact_score(Metric metric, double sum, double norm) {
   return metric == Metric::cosine ? sum / math::maximum(norm, math::kNormFloor) : sum;
 }
 
-struct Winner {
+struct Scored {
   double score;
   int64_t code;
 
   // Ties go to the lower index.
-  void consider(double other, int64_t other_code) {
-    const bool wins = code < 0 || math::better(other, score) ||
-                      (other_code < code && !math::better(score, other));
-    if (!wins) return;
-    score = other;
-    code = other_code;
+  bool precedes(const Scored& other) const {
+    return math::better(score, other.score) ||
+           (code < other.code && !math::better(other.score, score));
   }
 };
 
-// The sums of squares of packed rows: lines [depth][kCount].
-template <int kCount, class T>
-FASTZOO_INLINE void add_squares(const T* lines, int64_t depth, double (&squares)[kCount]) {
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int i = 0; i < kCount; ++i) {
-      const double value = lines[k * kCount + i];
-      squares[i] += value * value;
+// The k best of what it is shown, a heap whose first is the last of them.
+struct Best {
+  Scored* heap;
+  int64_t k;
+  int64_t count = 0;
+
+  void consider(const Scored& scored) {
+    if (count < k) {
+      int64_t at = count++;
+      for (; at > 0 && heap[(at - 1) / 2].precedes(scored); at = (at - 1) / 2) {
+        heap[at] = heap[(at - 1) / 2];
+      }
+      heap[at] = scored;
+    } else if (scored.precedes(heap[0])) {
+      sink(scored, count);
     }
   }
+
+  // Puts a new one in the place of the first.
+  void sink(const Scored& scored, int64_t size) {
+    int64_t at = 0;
+    for (int64_t child = 1; child < size; child = 2 * at + 1) {
+      child += child + 1 < size && heap[child].precedes(heap[child + 1]);
+      if (!scored.precedes(heap[child])) break;
+      heap[at] = heap[child];
+      at = child;
+    }
+    heap[at] = scored;
+  }
+
+  void sort() {
+    for (int64_t size = count - 1; size > 0; --size) {
+      const Scored last = heap[size];
+      heap[size] = heap[0];
+      sink(last, size);
+    }
+  }
+};
+
+// The k-th largest of values, which are reordered.
+template <class T>
+T kth_largest(T* values, int64_t count, int64_t k) {
+  int64_t first = 0, last = count - 1;
+  while (first < last) {
+    const T pivot = values[first + (last - first) / 2];
+    int64_t i = first, j = last;
+    while (i <= j) {
+      while (values[i] > pivot) ++i;
+      while (pivot > values[j]) --j;
+      if (i > j) break;
+      const T swapped = values[i];
+      values[i++] = values[j];
+      values[j--] = swapped;
+    }
+    if (k - 1 <= j) {
+      last = j;
+    } else if (k - 1 >= i) {
+      first = i;
+    } else {
+      break;
+    }
+  }
+  return values[k - 1];
 }
 
-template <class Element>
+// Packs kCount vectors, side by side in lines, as the product sees them.
+template <class M, int kCount>
+struct Packer {
+  using T = typename M::Sum;
+  using V = Vec<T>;
+  using Word = typename M::Word;
+  static constexpr int kSize = V::size;
+  static constexpr int kLanes = (kCount + kSize - 1) / kSize * kSize;
+
+  double squares[kLanes];  // of each vector
+  double lost[kLanes];     // of what the product does not see of it
+
+  // `count` vectors of `dims` elements, zeros for the others: each the elements, minus the centre
+  // where there is one, over its scale where there are scales.
+  template <class Element>
+  void run(const Element* const* vectors, int64_t count, int64_t dims, const T* centre,
+           const double* scales, Word* lines) {
+    for (int first = 0; first < kLanes; first += kSize) {
+      constexpr int kSums = kSize / Vec<double>::size;
+      Vec<double> all[kSums], missing[kSums];
+      for (int i = 0; i < kSums; ++i) all[i] = missing[i] = Vec<double>(0.0);
+      for (int64_t d = 0; d < dims; d += kSize) {
+        V block[kSize];
+        const V middle = centre == nullptr ? V(T(0)) : load_some(centre + d, dims - d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kSize; ++i) {
+          block[i] =
+              first + i < count ? load_some(vectors[first + i] + d, dims - d) - middle : V(T(0));
+        }
+        transpose(block);
+        if (scales != nullptr) divide(block, scales + first, count - first);
+#pragma GCC unroll 16
+        for (int i = 0; i < kSize; ++i) add_squares(block[i], all);
+        if constexpr (M::kEach == 2) {
+#pragma GCC unroll 8
+          for (int i = 0; i < kSize; i += 2) {
+            if (d + i >= dims) break;
+            const V low = M::operand(block[i]), high = M::operand(block[i + 1]);
+            add_squares(block[i] - low, missing);
+            add_squares(block[i + 1] - high, missing);
+            const auto words = M::words(low, high);
+            store(&words, first, lines + (d + i) / 2 * kCount);
+          }
+        } else {
+#pragma GCC unroll 16
+          for (int i = 0; i < kSize; ++i) {
+            if (d + i < dims) store(&block[i], first, lines + (d + i) * kCount);
+          }
+        }
+      }
+      for (int i = 0; i < kSums; ++i) {
+        all[i].store(squares + first + i * Vec<double>::size);
+        missing[i].store(lost + first + i * Vec<double>::size);
+      }
+    }
+  }
+
+ private:
+  template <class Element>
+  __attribute__((always_inline)) static V load_some(const Element* from, int64_t left) {
+    if (left >= kSize) return load_wide(from);
+    T values[kSize];
+    for (int i = 0; i < kSize; ++i) values[i] = i < left ? static_cast<T>(widen(from[i])) : T(0);
+    return V::load(values);
+  }
+
+  static void divide(V (&block)[kSize], const double* scales, int64_t count) {
+    for (int i = 0; i < kSize; ++i) {
+      T values[kSize];
+      block[i].store(values);
+      for (int j = 0; j < kSize && j < count; ++j)
+        values[j] = static_cast<T>(values[j] / scales[j]);
+      block[i] = V::load(values);
+    }
+  }
+
+  __attribute__((always_inline)) static void store(const void* words, int first, Word* line) {
+    constexpr int kLast = kCount % kSize == 0 ? kSize : kCount % kSize;
+    if (first + kSize <= kCount) {
+      __builtin_memcpy(line + first, words, kSize * sizeof(Word));
+    } else {
+      __builtin_memcpy(line + first, words, kLast * sizeof(Word));
+    }
+  }
+};
+
+template <class Element, class M>
 struct Codes {
-  using T = typename ComputeOf<Element>::type;
-  using Gemm = TileGemm<T>;
+  using Product = TileProduct<M>;
+  using T = typename Product::T;
+  using Word = typename Product::Word;
+  static constexpr int kRows = Product::kRows;
+  static constexpr bool kRounds = M::kEach == 2;  // whether products see values rounded
 
   const VqArgs& args;
   const Element* codebook = static_cast<const Element*>(args.codebook);
   T* centre = static_cast<T*>(args.centre);
-  T* panels = static_cast<T*>(args.panels);
-  int64_t panel_size = Gemm::left_panel_size(args.dims);
+  T* starts = static_cast<T*>(args.starts);
+  Word* lines = static_cast<Word*>(args.lines);
+  int64_t depth = (args.dims + M::kEach - 1) / M::kEach;
+  int64_t panels = (args.codes + kRows - 1) / kRows;
 
   const Element* code(int64_t index) const { return codebook + index * args.dims; }
-  T* start(int64_t index) const {
-    return panels + index / Gemm::kRows * panel_size + index % Gemm::kRows;
+  Word* panel(int64_t index) const { return lines + index * depth * kRows; }
+  Word* column(int64_t index) const { return panel(index / kRows) + index % kRows; }
+
+  // Bytes of starts and lines. Both are read a vector at a time, beyond the end of the last panel.
+  int64_t starts_bytes() const {
+    return panels * kRows * static_cast<int64_t>(sizeof(T)) + kVectorBytes;
+  }
+  int64_t lines_bytes() const {
+    return panels * depth * kRows * static_cast<int64_t>(sizeof(Word)) + kVectorBytes;
   }
 
   // The mean of the codes, whatever is not finite left out: any vector will do.
@@ -96,52 +245,42 @@ struct Codes {
     }
   }
 
-  void pack(int64_t panel) const {
-    const int64_t first = panel * Gemm::kRows;
-    T* starts = panels + panel * panel_size;
-    T* lines = starts + Gemm::kRows;
-    double scale[Gemm::kRows];
-    const int64_t valid = args.codes - first < Gemm::kRows ? args.codes - first : Gemm::kRows;
+  void pack(int64_t index) const {
+    const int64_t first = index * kRows;
+    const int64_t valid = args.codes - first < kRows ? args.codes - first : kRows;
     if (args.metric == Metric::cosine) {
-      double sums[Gemm::kRows] = {};
+      double sums[kRows] = {};
       for (int64_t k = 0; k < args.dims; ++k) {
         for (int64_t i = 0; i < valid; ++i) {
           const double value = widen(code(first + i)[k]);
           sums[i] += value * value;
         }
       }
-      for (int64_t i = 0; i < valid; ++i) {
-        args.norms[first + i] = __builtin_sqrt(sums[i]);
-        scale[i] = math::maximum(args.norms[first + i], math::kNormFloor);
+      for (int64_t i = 0; i < valid; ++i) args.norms[first + i] = __builtin_sqrt(sums[i]);
+    }
+    const Element* vectors[kRows];
+    double scales[kRows];
+    for (int64_t i = 0; i < valid; ++i) {
+      vectors[i] = code(first + i);
+      if (args.metric == Metric::cosine) {
+        scales[i] = math::maximum(args.norms[first + i], math::kNormFloor);
       }
     }
-    switch (args.metric) {
-      case Metric::l2:
-        pack_lines<Gemm::kRows>(lines, first, args.codes, args.dims, [&](int64_t row, int64_t k) {
-          return static_cast<T>(widen(code(row)[k])) - centre[k];
-        });
-        break;
-      case Metric::cosine:
-        pack_lines<Gemm::kRows>(lines, first, args.codes, args.dims, [&](int64_t row, int64_t k) {
-          return static_cast<T>(widen(code(row)[k]) / scale[row - first]);
-        });
-        break;
-      case Metric::dot:
-        pack_lines<Gemm::kRows>(lines, first, args.codes, args.dims, [&](int64_t row, int64_t k) {
-          return static_cast<T>(widen(code(row)[k]));
-        });
-        break;
+    Packer<M, kRows> packer;
+    packer.run(vectors, valid, args.dims, args.metric == Metric::l2 ? centre : nullptr,
+               args.metric == Metric::cosine ? scales : nullptr, panel(index));
+    for (int64_t i = 0; i < valid; ++i) {
+      starts[first + i] = args.metric == Metric::l2 ? static_cast<T>(-packer.squares[i] / 2) : T(0);
+      args.squares[first + i] = packer.squares[i];
+      if constexpr (kRounds) args.lost[first + i] = packer.lost[i];
     }
-    double squares[Gemm::kRows] = {};
-    add_squares<Gemm::kRows>(lines, args.dims, squares);
-    for (int64_t i = 0; i < Gemm::kRows; ++i) {
-      if (i >= valid) {
-        starts[i] = -static_cast<T>(kInfinity);
-        continue;
-      }
-      starts[i] = args.metric == Metric::l2 ? static_cast<T>(-squares[i] / 2) : T(0);
-      args.squares[first + i] = squares[i];
-    }
+    for (int64_t i = valid; i < kRows; ++i) drop(first + i);
+  }
+
+  // Takes a code, or the place of one, out of the race.
+  void drop(int64_t index) const {
+    for (int64_t k = 0; k < depth; ++k) column(index)[k * kRows] = Word(0);
+    starts[index] = -static_cast<T>(kInfinity);
   }
 
   bool equal(int64_t a, int64_t b) const {
@@ -186,12 +325,13 @@ struct Codes {
     return beyond <= 1 + args.codes / 256 ? limit : kInfinity;
   }
 
-  // Codes that repeat an earlier one leave the race; outliers and those that are not finite, or
-  // whose norm is not, leave it too and are listed, to be scored exactly for every row.
+  // Where one answer is wanted, codes that repeat an earlier one leave the race. Outliers and those
+  // that are not finite, or whose norm is not, leave it too and are listed, to be scored exactly
+  // for every row.
   void select(VqArgs& result, int32_t* table, int64_t table_size) const {
     for (int64_t i = 0; i < table_size; ++i) table[i] = -1;
     result.loose_count = 0;
-    double largest_square = 0;
+    double largest_square = 0, largest_lost = 0;
     result.largest_cosine_norm = 0;
     const double limit = outlier_square();
     for (int64_t index = 0; index < args.codes; ++index) {
@@ -199,244 +339,321 @@ struct Codes {
       const double cosine_norm = args.metric == Metric::cosine ? args.norms[index] : 0;
       if (!(square <= limit && square < kInfinity && cosine_norm < kInfinity)) {
         args.loose[result.loose_count++] = static_cast<int32_t>(index);
-        T* column = start(index);
-        for (int64_t k = 0; k <= args.dims; ++k) column[k * Gemm::kRows] = T(0);
-        *column = -static_cast<T>(kInfinity);
-      } else if (repeats(index, table, table_size)) {
-        *start(index) = -static_cast<T>(kInfinity);
+        drop(index);
+      } else if (args.k == 1 && repeats(index, table, table_size)) {
+        drop(index);
       } else {
         largest_square = math::maximum(largest_square, square);
+        if constexpr (kRounds) largest_lost = math::maximum(largest_lost, args.lost[index]);
         result.largest_cosine_norm = math::maximum(result.largest_cosine_norm, cosine_norm);
       }
     }
     result.largest_norm = math::norm_above(largest_square, args.dims);
+    result.largest_lost = kRounds ? math::norm_above(largest_lost, args.dims) : 0;
   }
-};
-
-// One tile's scores of one row, kept because some of its codes could be the answer.
-template <class T>
-struct Candidates {
-  int32_t code;  // the tile's first
-  T top;         // the highest score
-  T scores[TileGemm<T>::kRows];
 };
 
 // The state of the rows of one block, one slot a row.
-template <class Element>
+template <class Element, class M>
 struct Rows {
-  using T = typename ComputeOf<Element>::type;
-  using V = Vec<T>;
-  using Gemm = TileGemm<T>;
+  using Product = TileProduct<M>;
+  using T = typename Product::T;
+  using Word = typename Product::Word;
+  using V = typename Product::V;
+  static constexpr int kRows = Product::kRows;
+  static constexpr int kColumns = Product::kColumns;
+  static constexpr bool kRounds = Codes<Element, M>::kRounds;
 
-  static constexpr int kTiles = 8;  // kept for one row
-  static constexpr int64_t kBlockRows = 512;
-  static constexpr int64_t kBlockBytes = 512 << 10;
-  static constexpr int64_t kAllBlocksBytes = 8 << 20;
+  static constexpr int kKept = 16;  // panels listed for one row
+  static constexpr int64_t kMostRows = 512;
+  static constexpr int64_t kRowsBytes = 512 << 10;
+  static constexpr int64_t kAllRowsBytes = 8 << 20;
+  // Code panels that are met again by every panel of rows stay in a half of a small L2, and the log
+  // of their tiles beside them.
+  static constexpr int64_t kCodesBytes = 448 << 10;
+  static constexpr int64_t kMostLogged = 512;
 
-  const Codes<Element>& codes;
-  int64_t first = 0;  // the block's first row
-  T* panels;
-  T* best;       // the highest fast score so far; infinite where the fast pass proves nothing
-  T* margin;     // twice the bound
-  T* threshold;  // best - margin: a code below it cannot be the answer
-  int32_t* counts;
-  Candidates<T>* candidates;  // [rows][kTiles]
-  Winner* winners;            // among the codes already scored exactly
+  // A panel of codes that could hold the answer, and its highest score.
+  struct Kept {
+    int32_t panel;
+    T top;
+  };
 
-  static int64_t bytes_a_row(const VqArgs& args) {
-    return (args.dims + 3) * sizeof(T) + sizeof(int32_t) + kTiles * sizeof(Candidates<T>) +
-           sizeof(Winner);
+  const Codes<Element, M>& codes;
+  const VqArgs& args = codes.args;
+  const int64_t depth = codes.depth;
+
+  int64_t* row;       // that stands in a slot
+  Word* panels;       // [block / kColumns][depth][kColumns]
+  T* best;            // the highest score so far; infinite where the fast pass proves nothing
+  T* margin;          // twice the bound
+  T* threshold;       // best - margin: a code below it cannot be the answer
+  double* norm;       // |x'|
+  int32_t* counts;    // of kept
+  Kept* kept;         // [block][kKept]
+  Scored* winners;    // among the codes already scored exactly
+  T* log;             // [panels of a block of codes][kColumns]: the highest score of each tile
+  T* tops;            // for more than one answer: [codes], scores in any order
+  int32_t* several;   // likewise: [codes], those that could be answers
+  T* several_scores;  // [codes]
+  Scored* chosen;     // [k]
+
+  static int64_t block_codes(const Codes<Element, M>& codes) {
+    if (codes.args.k > 1) return codes.panels;
+    const int64_t fitting =
+        kCodesBytes / ((codes.depth + 1) * kRows * static_cast<int64_t>(sizeof(Word)));
+    const int64_t most = fitting < kMostLogged ? fitting : kMostLogged;
+    return most < 1 ? 1 : most < codes.panels ? most : codes.panels;
   }
 
   // A multiple of the panel, small enough for the block to stay in cache.
-  static int64_t block_rows(const VqArgs& args) {
-    const int64_t share = kAllBlocksBytes / args.threads;
-    const int64_t fitting = (share < kBlockBytes ? share : kBlockBytes) / bytes_a_row(args);
-    const int64_t rows = fitting < kBlockRows ? fitting : kBlockRows;
-    return rows < Gemm::kColumns ? Gemm::kColumns : rows / Gemm::kColumns * Gemm::kColumns;
+  static int64_t block_rows(const Codes<Element, M>& codes) {
+    if (codes.args.k > 1) return kColumns;
+    const int64_t bytes = codes.depth * sizeof(Word) + kKept * sizeof(Kept) + sizeof(Scored) +
+                          sizeof(int64_t) + 3 * sizeof(T) + sizeof(double) + sizeof(int32_t);
+    const int64_t share = kAllRowsBytes / codes.args.threads;
+    const int64_t fitting = (share < kRowsBytes ? share : kRowsBytes) / bytes;
+    const int64_t rows = fitting < kMostRows ? fitting : kMostRows;
+    return rows < kColumns ? kColumns : rows / kColumns * kColumns;
   }
 
-  static int64_t bytes(const VqArgs& args) { return block_rows(args) * bytes_a_row(args); }
-
-  // Every part is aligned for the next one, as block_rows is a multiple of kColumns.
-  Rows(const Codes<Element>& codes, void* workspace) : codes(codes) {
-    const int64_t count = block_rows(codes.args);
-    char* next = static_cast<char*>(workspace);
-    const auto take = [&](int64_t size) {
-      char* taken = next;
-      next += size;
-      return taken;
-    };
-    panels = reinterpret_cast<T*>(take(count * codes.args.dims * sizeof(T)));
-    best = reinterpret_cast<T*>(take(count * sizeof(T)));
-    margin = reinterpret_cast<T*>(take(count * sizeof(T)));
-    threshold = reinterpret_cast<T*>(take(count * sizeof(T)));
-    winners = reinterpret_cast<Winner*>(take(count * sizeof(Winner)));
-    candidates = reinterpret_cast<Candidates<T>*>(take(count * kTiles * sizeof(Candidates<T>)));
-    counts = reinterpret_cast<int32_t*>(take(count * sizeof(int32_t)));
+  Rows(const Codes<Element, M>& codes, Arena& arena) : codes(codes) {
+    const int64_t count = block_rows(codes);
+    row = arena.take<int64_t>(count);
+    panels = arena.take<Word>(count * depth);
+    best = arena.take<T>(count);
+    margin = arena.take<T>(count);
+    threshold = arena.take<T>(count);
+    norm = arena.take<double>(count);
+    counts = arena.take<int32_t>(count);
+    kept = arena.take<Kept>(count * kKept);
+    winners = arena.take<Scored>(count);
+    log = arena.take<T>(block_codes(codes) * kColumns);
+    if (args.k > 1) {
+      tops = arena.take<T>(args.codes);
+      several = arena.take<int32_t>(args.codes);
+      several_scores = arena.take<T>(args.codes);
+      chosen = arena.take<Scored>(args.k);
+    }
   }
 
-  const Element* x(int64_t slot) const {
-    return static_cast<const Element*>(codes.args.x) + (first + slot) * codes.args.dims;
+  const Element* x_of(int64_t index) const {
+    return static_cast<const Element*>(args.x) + index * args.x_stride;
+  }
+  const Element* x(int64_t slot) const { return x_of(row[slot]); }
+  Word* column(int64_t slot) const {
+    return panels + slot / kColumns * depth * kColumns + slot % kColumns;
   }
 
   void begin(int64_t count) const {
-    const VqArgs& args = codes.args;
-    for (int64_t column = 0; column < count; column += Gemm::kColumns) {
-      T* lines = panels + column * args.dims;
-      if (args.metric == Metric::l2) {
-        pack_lines<Gemm::kColumns>(lines, column, count, args.dims, [&](int64_t slot, int64_t k) {
-          return static_cast<T>(widen(x(slot)[k])) - codes.centre[k];
-        });
-      } else {
-        pack_lines<Gemm::kColumns>(lines, column, count, args.dims, [&](int64_t slot, int64_t k) {
-          return static_cast<T>(widen(x(slot)[k]));
-        });
-      }
-      double squares[Gemm::kColumns] = {};
-      add_squares<Gemm::kColumns>(lines, args.dims, squares);
-      for (int i = 0; i < Gemm::kColumns; ++i) {
-        const bool proves = column + i < count && set_margin(column + i, squares[i]);
-        if (!proves) {
-          best[column + i] = threshold[column + i] = static_cast<T>(kInfinity);
-          margin[column + i] = T(0);
-          for (int64_t k = 0; k < args.dims; ++k) lines[k * Gemm::kColumns + i] = T(0);
+    for (int64_t slot = 0; slot < count; slot += kColumns) {
+      const int64_t valid = count - slot < kColumns ? count - slot : kColumns;
+      const Element* vectors[kColumns];
+      for (int64_t i = 0; i < valid; ++i) vectors[i] = x(slot + i);
+      Packer<M, kColumns> packer;
+      packer.run(vectors, valid, args.dims, args.metric == Metric::l2 ? codes.centre : nullptr,
+                 nullptr, column(slot));
+      for (int64_t i = 0; i < kColumns; ++i) {
+        if (i >= valid || !set_margin(slot + i, packer.squares[i], packer.lost[i])) {
+          leave_unproven(slot + i);
         }
-        counts[column + i] = 0;
-        winners[column + i] = {0, -1};
+        counts[slot + i] = 0;
+        winners[slot + i] = {0, -1};
       }
     }
   }
 
+  void leave_unproven(int64_t slot) const {
+    for (int64_t k = 0; k < depth; ++k) column(slot)[k * kColumns] = Word(0);
+    best[slot] = threshold[slot] = static_cast<T>(kInfinity);
+    margin[slot] = T(0);
+  }
+  bool unproven(int64_t slot) const { return best[slot] == static_cast<T>(kInfinity); }
+
   // False where the fast pass proves nothing: values that are not finite, or sums that could
   // overflow.
-  bool set_margin(int64_t slot, double square) const {
-    const VqArgs& args = codes.args;
-    const double a = math::norm_above(square, args.dims);
+  bool set_margin(int64_t slot, double squares, double lost) const {
+    const double a = math::norm_above(squares, args.dims);
     const double b = args.largest_norm;
-    const double bound =
-        math::score_bound(args.metric, args.dims, a, b, 0, 0, Limits<T>::unit, Limits<T>::smallest);
+    const double a_lost = kRounds ? math::norm_above(lost, args.dims) : 0;
+    const double bound = math::score_bound(args.metric, args.dims, a, b, a_lost, args.largest_lost,
+                                           Limits<T>::unit, Limits<T>::smallest);
     const double size = args.metric == Metric::l2 ? (a + b) * (a + b) / 2 : a * b;
     // The subtraction best - margin rounds too; size bounds both of its ends.
     const double wanted = (2 * bound + 2 * Limits<T>::unit * (size + 2 * bound)) * (1 + 0x1p-20);
     const double limit = Limits<T>::largest / 4;
     if (!(size < limit && wanted < limit && a * args.largest_cosine_norm < limit)) return false;
     best[slot] = threshold[slot] = Limits<T>::lowest;
-    margin[slot] = static_cast<T>(wanted);
+    margin[slot] = args.fast ? T(0) : static_cast<T>(wanted);
+    norm[slot] = a;
     return true;
   }
 
-  // The first codes are met twice. A row's early tiles nearly all beat its best so far, each for
-  // the price of a mispredicted branch; this many, met without a branch, spare more of that than
-  // they cost.
-  static int64_t seeds(const VqArgs& args) {
-    const int64_t panels = 256 / args.dims;
-    const int64_t most = Gemm::left_panels(args.codes) / 8;
-    return (panels < most ? panels : most) * Gemm::kRows;
+  // How far apart scores summed in double, in any order, must be for the definition's to differ
+  // likewise; a score of l2 is twice what the bound speaks of.
+  double near_margin(int64_t slot) const {
+    return (args.metric == Metric::l2 ? 4 : 2) *
+           math::score_bound(args.metric, args.dims, norm[slot], args.largest_norm, 0, 0,
+                             Limits<double>::unit, Limits<double>::smallest);
   }
 
   // The highest score of a tile for each row.
-  __attribute__((always_inline)) static void highest_of(const typename Gemm::Tile& tile,
+  __attribute__((always_inline)) static void highest_of(const typename Product::Tile& tile,
                                                         V (&top)[2]) {
-    static_assert(Gemm::kRows % 3 == 0, "three chains, so that none is long");
+    static_assert(kRows % 3 == 0, "three chains, so that none is long");
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) {
       V chains[3] = {tile[0][j], tile[1][j], tile[2][j]};
 #pragma GCC unroll 16
-      for (int i = 3; i < Gemm::kRows; ++i) chains[i % 3] = maximum(chains[i % 3], tile[i][j]);
+      for (int i = 3; i < kRows; ++i) chains[i % 3] = maximum(chains[i % 3], tile[i][j]);
       top[j] = maximum(maximum(chains[0], chains[1]), chains[2]);
     }
   }
 
-  __attribute__((always_inline)) void raise(int64_t slot, const V (&top)[2]) const {
+  // Scores a panel of rows with a block of codes: logs the highest of each tile, and raises best
+  // and threshold by them.
+  void multiply(int64_t slot, int64_t first, int64_t count) const {
+    V highest[2] = {V::load(best + slot), V::load(best + slot + V::size)};
+    for (int64_t i = 0; i < count; ++i) {
+      typename Product::Tile tile;
+      Product::start(codes.starts + (first + i) * kRows, tile);
+      Product::add_columns(codes.panel(first + i), kRows, panels + slot * depth, depth, tile);
+      V top[2];
+      highest_of(tile, top);
 #pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        top[j].store(log + i * kColumns + j * V::size);
+        highest[j] = maximum(highest[j], top[j]);
+      }
+    }
     for (int j = 0; j < 2; ++j) {
       const int64_t lane = slot + j * V::size;
-      const V highest = maximum(V::load(best + lane), top[j]);
-      highest.store(best + lane);
+      highest[j].store(best + lane);
       // Codes out of the race score -inf and stay below the lowest finite number.
-      maximum(V(Limits<T>::lowest), highest - V::load(margin + lane)).store(threshold + lane);
+      maximum(V(Limits<T>::lowest), highest[j] - V::load(margin + lane)).store(threshold + lane);
     }
   }
 
-  // The epilogue of the seeds.
-  __attribute__((always_inline)) void seed(int64_t slot, const typename Gemm::Tile& tile) const {
-    V top[2];
-    highest_of(tile, top);
-    raise(slot, top);
-  }
-
-  // The epilogue: most tiles hold nothing that could be an answer, and cost one branch.
-  __attribute__((always_inline)) void meet(int64_t code, int64_t slot,
-                                           const typename Gemm::Tile& tile) const {
-    V top[2];
-    highest_of(tile, top);
-    const uint32_t hits = not_less(top[0], V::load(threshold + slot)).bits |
-                          not_less(top[1], V::load(threshold + slot + V::size)).bits << V::size;
-    if (__builtin_expect(hits == 0, 1)) return;
-    raise(slot, top);
-    alignas(kVectorBytes) T scores[Gemm::kRows + 1][Gemm::kColumns];
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-#pragma GCC unroll 16
-      for (int i = 0; i < Gemm::kRows; ++i) tile[i][j].store(scores[i] + j * V::size);
-      top[j].store(scores[Gemm::kRows] + j * V::size);
+  // Lists what the thresholds leave of the log of a block.
+  void scan(int64_t slot, int64_t first, int64_t count) const {
+    const V limits[2] = {V::load(threshold + slot), V::load(threshold + slot + V::size)};
+    for (int64_t i = 0; i < count; ++i) {
+      const T* const top = log + i * kColumns;
+      const uint32_t hits = not_less(V::load(top), limits[0]).bits |
+                            not_less(V::load(top + V::size), limits[1]).bits << V::size;
+      if (__builtin_expect(hits != 0, 0)) keep(slot, static_cast<int32_t>(first + i), hits, top);
     }
-    keep(code, slot, hits, scores);
   }
 
-  __attribute__((noinline)) void keep(int64_t code, int64_t slot, uint32_t hits,
-                                      const T (*scores)[Gemm::kColumns]) const {
+  __attribute__((noinline)) void keep(int64_t slot, int32_t panel, uint32_t hits,
+                                      const T* top) const {
     for (; hits != 0; hits &= hits - 1) {
       const int lane = __builtin_ctz(hits);
-      Candidates<T>* const list = candidates + (slot + lane) * kTiles;
       int32_t& count = counts[slot + lane];
-      // As a rule the new best beats the one before it, and the list stays short.
-      count -= count > 0 && list[count - 1].top < threshold[slot + lane];
-      if (count == kTiles) make_room(slot + lane);
-      Candidates<T>& kept = list[count++];
-      kept.code = static_cast<int32_t>(code);
-      kept.top = scores[Gemm::kRows][lane];
-      for (int i = 0; i < Gemm::kRows; ++i) kept.scores[i] = scores[i][lane];
+      if (count == kKept && !make_room(slot + lane)) continue;
+      kept[(slot + lane) * kKept + count++] = {panel, top[lane]};
     }
   }
 
-  void make_room(int64_t slot) const {
-    Candidates<T>* const list = candidates + slot * kTiles;
-    int kept = 0;
-    for (int i = 0; i < counts[slot]; ++i) {
-      if (!(list[i].top < threshold[slot])) list[kept++] = list[i];
+  // False where a probe, which only counts, has counted all it can.
+  bool make_room(int64_t slot) const {
+    prune(slot);
+    if (counts[slot] < kKept) return true;
+    if (args.probing) return false;
+    int32_t survivors[kKept * kRows];
+    decide(slot, survivors, survive(slot, survivors));
+    counts[slot] = 0;
+    return true;
+  }
+
+  void prune(int64_t slot) const {
+    Kept* const list = kept + slot * kKept;
+    int32_t left = 0;
+    for (int32_t i = 0; i < counts[slot]; ++i) {
+      if (!(list[i].top < threshold[slot])) list[left++] = list[i];
     }
-    counts[slot] = kept;
-    if (kept < kTiles) return;
-    int32_t survivors[kTiles * Gemm::kRows + 1];
-    settle(slot, survivors, survive(slot, survivors));
+    counts[slot] = left;
+  }
+
+  static constexpr int kScored = (kRows + V::size - 1) / V::size * V::size;
+
+  // The scores of a row with the codes of a panel, the same bits as in the tile.
+  __attribute__((always_inline)) void score(int64_t slot, int64_t panel,
+                                            T (&scores)[kScored]) const {
+    const Word* words = column(slot);
+    const Word* lines = codes.panel(panel);
+    V sums[kScored / V::size];
+    for (int i = 0; i < kScored / V::size; ++i) {
+      sums[i] = V::load(codes.starts + panel * kRows + i * V::size);
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      const auto word = M::broadcast(words[k * kColumns]);
+      for (int i = 0; i < kScored / V::size; ++i) {
+        sums[i] = M::add(M::load(lines + k * kRows + i * V::size), word, sums[i]);
+      }
+    }
+    for (int i = 0; i < kScored / V::size; ++i) sums[i].store(scores + i * V::size);
   }
 
   // The codes that the threshold leaves, in ascending order.
   int survive(int64_t slot, int32_t* survivors) const {
+    prune(slot);
     int count = 0;
-    for (int t = 0; t < counts[slot]; ++t) {
-      const Candidates<T>& tile = candidates[slot * kTiles + t];
-      for (int i = 0; i < Gemm::kRows; ++i) {
-        survivors[count] = tile.code + i;
-        count += !(tile.scores[i] < threshold[slot]);
+    for (int32_t i = 0; i < counts[slot]; ++i) {
+      const int32_t panel = kept[slot * kKept + i].panel;
+      T scores[kScored];
+      score(slot, panel, scores);
+      for (int j = 0; j < kRows; ++j) {
+        survivors[count] = panel * kRows + j;
+        count += !(scores[j] < threshold[slot]);
       }
     }
     return count;
   }
 
-  // Scores the survivors exactly and keeps the winner alone.
-  void settle(int64_t slot, const int32_t* survivors, int count) const {
-    consider(slot, count, [&](int64_t i) { return survivors[i]; });
-    counts[slot] = 0;
+  // The sum of a code's score in double, in any order.
+  double near_sum(int64_t slot, int64_t code) const {
+    const Element* const a = x(slot);
+    const Element* const b = codes.code(code);
+    if (args.metric == Metric::l2) {
+      return wide_sum(args.dims, [&](int64_t k) {
+        return math::score_term(Metric::l2, widen(a[k]), widen(b[k]));
+      });
+    }
+    return wide_sum(args.dims, [&](int64_t k) {
+      return math::score_term(Metric::dot, widen(a[k]), widen(b[k]));
+    });
   }
 
-  // Scores index(0) .. index(count - 1) exactly; a few at once, as each sum is one long chain.
-  template <class Index>
-  void consider(int64_t slot, int64_t count, const Index& index) const {
+  double norm_of(int64_t code) const {
+    return args.metric == Metric::cosine ? args.norms[code] : 1;
+  }
+
+  // Finds the winner of the survivors and of what won before: sums in double, in any order, leave
+  // few of which the definition's are needed.
+  void decide(int64_t slot, int32_t* survivors, int count) const {
+    if (count > 1) {
+      double scores[kKept * kRows];
+      double highest = -kInfinity;
+      for (int i = 0; i < count; ++i) {
+        scores[i] = exact_score(args.metric, near_sum(slot, survivors[i]), norm_of(survivors[i]));
+        highest = math::maximum(highest, scores[i]);
+      }
+      const double limit = highest - near_margin(slot);
+      int left = 0;
+      for (int i = 0; i < count; ++i) {
+        if (!(scores[i] < limit)) survivors[left++] = survivors[i];
+      }
+      count = left;
+    }
+    consider(slot, count, [&](int64_t i) { return survivors[i]; }, winner(slot));
+  }
+
+  // Scores index(0) .. index(count - 1) by the definition; a few at once, as each sum is one long
+  // chain.
+  template <class Index, class Visit>
+  void consider(int64_t slot, int64_t count, const Index& index, const Visit& visit) const {
     constexpr int kAtOnce = 4;
-    const VqArgs& args = codes.args;
     const Element* values = x(slot);
     for (int64_t i = 0; i < count; i += kAtOnce) {
       const Element* others[kAtOnce];
@@ -452,203 +669,260 @@ struct Rows {
       }
       for (int j = 0; j < kAtOnce && i + j < count; ++j) {
         const int64_t code = index(i + j);
-        const double norm = args.metric == Metric::cosine ? args.norms[code] : 1;
-        winners[slot].consider(exact_score(args.metric, sums[j], norm), code);
+        visit(Scored{exact_score(args.metric, sums[j], norm_of(code)), code});
       }
     }
   }
 
+  auto winner(int64_t slot) const {
+    return [this, slot](const Scored& scored) {
+      Scored& winner = winners[slot];
+      if (winner.code < 0 || scored.precedes(winner)) winner = scored;
+    };
+  }
+
   int64_t answer(int64_t slot) const {
-    const VqArgs& args = codes.args;
-    if (best[slot] == static_cast<T>(kInfinity)) {
-      consider(slot, args.codes, [](int64_t i) { return i; });
+    const auto every = [](int64_t i) { return i; };
+    if (unproven(slot)) {
+      consider(slot, args.codes, every, winner(slot));
       return winners[slot].code;
     }
-    int32_t survivors[kTiles * Gemm::kRows + 1];
-    const int count = survive(slot, survivors);
-    if (count == 1 && winners[slot].code < 0 && args.loose_count == 0) return survivors[0];
-    settle(slot, survivors, count);
-    consider(slot, args.loose_count, [&](int64_t i) { return args.loose[i]; });
+    int32_t survivors[kKept * kRows];
+    int count = survive(slot, survivors);
+    if (args.fast && count > 1) count = 1;
+    const bool alone = winners[slot].code < 0 && args.loose_count == 0;
+    if (count == 1 && alone) return survivors[0];
+    decide(slot, survivors, count);
+    consider(slot, args.loose_count, [&](int64_t i) { return args.loose[i]; }, winner(slot));
     return winners[slot].code;
   }
 
-  T distance(int64_t slot, int64_t index) const {
-    const VqArgs& args = codes.args;
-    const Element* a = x(slot);
-    const Element* b = codes.code(index);
-    if (args.metric == Metric::l2) {
-      return static_cast<T>(wide_sum(args.dims, [&](int64_t k) {
-        return math::score_term(Metric::l2, widen(a[k]), widen(b[k]));
-      }));
+  // The k best of a row whose block of codes is all of them; into chosen.
+  void answer_several(int64_t slot) const {
+    Best best_ones{chosen, args.k};
+    const auto visit = [&](const Scored& scored) { best_ones.consider(scored); };
+    if (unproven(slot)) {
+      consider(slot, args.codes, [](int64_t i) { return i; }, visit);
+    } else {
+      for (int64_t i = 0; i < codes.panels; ++i) tops[i] = log[i * kColumns + slot];
+      T limit = below_kth(slot, codes.panels);
+      int64_t count = 0;
+      for (int64_t i = 0; i < codes.panels; ++i) {
+        if (log[i * kColumns + slot] < limit) continue;
+        T scores[kScored];
+        score(slot, i, scores);
+        for (int j = 0; j < kRows; ++j) {
+          if (scores[j] < limit) continue;
+          several[count] = static_cast<int32_t>(i * kRows + j);
+          several_scores[count] = tops[count] = scores[j];
+          ++count;
+        }
+      }
+      limit = below_kth(slot, count);
+      int64_t left = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        if (!(several_scores[i] < limit)) several[left++] = several[i];
+      }
+      consider(slot, left, [&](int64_t i) { return several[i]; }, visit);
+      consider(slot, args.loose_count, [&](int64_t i) { return args.loose[i]; }, visit);
     }
-    const double sum = wide_sum(args.dims, [&](int64_t k) {
-      return math::score_term(Metric::dot, widen(a[k]), widen(b[k]));
-    });
-    if (args.metric == Metric::dot) return static_cast<T>(sum);
+    best_ones.sort();
+  }
+
+  // Of `count` scores in tops, of as many codes: below what a code cannot be among the k best.
+  T below_kth(int64_t slot, int64_t count) const {
+    if (count < args.k) return Limits<T>::lowest;
+    return math::maximum(Limits<T>::lowest, kth_largest(tops, count, args.k) - margin[slot]);
+  }
+
+  T distance(int64_t slot, int64_t code) const {
+    const double sum = near_sum(slot, code);
+    if (args.metric != Metric::cosine) return static_cast<T>(sum);
+    const Element* const a = x(slot);
     const double square = wide_sum(args.dims, [&](int64_t k) {
       const double value = widen(a[k]);
       return value * value;
     });
-    return static_cast<T>(sum / (math::maximum(args.norms[index], math::kNormFloor) *
+    return static_cast<T>(sum / (math::maximum(args.norms[code], math::kNormFloor) *
                                  math::maximum(__builtin_sqrt(square), math::kNormFloor)));
+  }
+
+  // ---- what is written
+  // ---------------------------------------------------------------------------
+
+  int64_t* index_at(int64_t index) const { return args.indices + index * args.out_stride; }
+  T* value_at(int64_t index) const {
+    return static_cast<T*>(args.values) + index * args.out_stride;
+  }
+
+  void write(int64_t slot) const {
+    const int64_t* const found = index_at(row[slot]);
+    T* const value = value_at(row[slot]);
+    if (args.quantized == nullptr) {
+      for (int64_t i = 0; i < args.k; ++i) value[i] = distance(slot, found[i]);
+      return;
+    }
+    const Element* const a = x(slot);
+    const Element* const b = codes.code(*found);
+    copy(b, row[slot]);
+    *value = static_cast<T>(args.loss_weight * wide_sum(args.dims, [&](int64_t k) {
+                              return math::score_term(Metric::l2, widen(a[k]), widen(b[k]));
+                            }));
+  }
+
+  void write_masked(int64_t index) const {
+    for (int64_t i = 0; i < args.k; ++i) {
+      index_at(index)[i] = -1;
+      value_at(index)[i] = T(0);
+    }
+    if (args.quantized != nullptr) copy(x_of(index), index);
+  }
+
+  void copy(const Element* from, int64_t index) const {
+    Element* const to = static_cast<Element*>(args.quantized) + index * args.x_stride;
+    for (int64_t k = 0; k < args.dims; ++k) to[k] = from[k];
   }
 };
 
-template <class Element>
+template <class Element, class M>
 void lookup(const VqArgs& args, int64_t begin, int64_t end, void* workspace) {
-  using T = typename ComputeOf<Element>::type;
-  using Gemm = TileGemm<T>;
-  const Codes<Element> codes{args};
-  Rows<Element> rows(codes, workspace);
-  const int64_t block = Rows<Element>::block_rows(args);
-  for (rows.first = begin; rows.first < end; rows.first += block) {
-    const int64_t count = end - rows.first < block ? end - rows.first : block;
+  const Codes<Element, M> codes{args};
+  Arena arena(workspace);
+  const Rows<Element, M> rows(codes, arena);
+  constexpr int kColumns = Rows<Element, M>::kColumns;
+  const int64_t block = Rows<Element, M>::block_rows(codes);
+  const int64_t logged = Rows<Element, M>::block_codes(codes);
+  while (begin < end) {
+    int64_t count = 0;
+    for (; begin < end && count < block; ++begin) {
+      if (args.mask == nullptr || args.mask[begin]) {
+        rows.row[count++] = begin;
+      } else {
+        rows.write_masked(begin);
+      }
+    }
     rows.begin(count);
-    Gemm::run(codes.panels, Rows<Element>::seeds(args), rows.panels, count, args.dims,
-              [&rows](int64_t, int64_t slot, const typename Gemm::Tile& tile)
-                  __attribute__((always_inline)) { rows.seed(slot, tile); });
-    Gemm::run(codes.panels, args.codes, rows.panels, count, args.dims,
-              [&rows](int64_t code, int64_t slot, const typename Gemm::Tile& tile)
-                  __attribute__((always_inline)) { rows.meet(code, slot, tile); });
-    int64_t* const indices = args.indices + rows.first;
-    for (int64_t slot = 0; slot < count; ++slot) {
-      indices[slot] = rows.answer(slot);
-      // The codes lie all over the codebook: fetch them before the distances want them.
-      __builtin_prefetch(codes.code(indices[slot]));
+    for (int64_t first = 0; first < codes.panels; first += logged) {
+      const int64_t left = codes.panels - first;
+      for (int64_t slot = 0; slot < count; slot += kColumns) {
+        rows.multiply(slot, first, left < logged ? left : logged);
+        if (args.k == 1) rows.scan(slot, first, left < logged ? left : logged);
+      }
     }
-    T* const distances = static_cast<T*>(args.distance) + rows.first;
     for (int64_t slot = 0; slot < count; ++slot) {
-      distances[slot] = rows.distance(slot, indices[slot]);
+      int64_t* const indices = rows.index_at(rows.row[slot]);
+      if (args.k == 1) {
+        *indices = rows.answer(slot);
+        // The codes lie all over the codebook: fetch them before they are wanted.
+        __builtin_prefetch(codes.code(*indices));
+      } else {
+        rows.answer_several(slot);
+        for (int64_t i = 0; i < args.k; ++i) indices[i] = rows.chosen[i].code;
+      }
     }
+    for (int64_t slot = 0; slot < count; ++slot) rows.write(slot);
   }
 }
 
-// The gradient of d by one side, u, where v is the other. For l2 the difference is taken first, or
-// an offset of both sides would cancel late.
-struct Slope {
-  Metric metric;
-  double weight;
-  double shrink;
+// Whether candidates by rounded products pay: what a few rows from all over the batch would list,
+// beside what the products save.
+template <class Element, class M>
+bool pays(const VqArgs& args, void* workspace) {
+  const Codes<Element, M> codes{args};
+  Arena arena(workspace);
+  const Rows<Element, M> rows(codes, arena);
+  constexpr int kColumns = Rows<Element, M>::kColumns;
+  constexpr int kKept = Rows<Element, M>::kKept;
+  const int64_t logged = Rows<Element, M>::block_codes(codes);
+  int64_t count = 0;
+  for (int64_t i = 0; i < kColumns; ++i) {
+    const int64_t row = args.rows * (2 * i + 1) / (2 * kColumns);
+    if (args.mask == nullptr || args.mask[row]) rows.row[count++] = row;
+  }
+  if (count == 0) return true;
+  rows.begin(count);
+  for (int64_t first = 0; first < codes.panels; first += logged) {
+    const int64_t left = codes.panels - first;
+    rows.multiply(0, first, left < logged ? left : logged);
+    rows.scan(0, first, left < logged ? left : logged);
+  }
+  // Beyond the one panel and the one code that any products would leave.
+  int64_t listed = -count, survivors = -count;
+  for (int64_t slot = 0; slot < count; ++slot) {
+    int32_t list[kKept * Codes<Element, M>::kRows];
+    survivors += rows.unproven(slot) ? args.codes : rows.survive(slot, list);
+    listed += rows.counts[slot];
+  }
+  // In cycles: measured for a panel and for a code; of the products, half of two a cycle and lane.
+  const int64_t cost = listed * (30 + 2 * args.dims) + survivors * (30 + args.dims / 2);
+  return cost < count * args.codes * args.dims / 80;
+}
 
-  double at(double u, double v) const {
-    switch (metric) {
-      case Metric::l2:
-        return weight * (v - u);
-      case Metric::dot:
-        return weight * v;
-      case Metric::cosine:
-        break;
+#if defined(__AVX512BF16__)
+constexpr bool kHasBFloat16 = true;
+#else
+constexpr bool kHasBFloat16 = false;
+#endif
+
+// Calls body(Element{}, M{}): elements of a dtype, and how their candidates are found.
+template <class Body>
+FASTZOO_INLINE void with_candidates(const VqArgs& args, const Body& body) {
+  with_element(args.dtype, [&](auto element) {
+    using Element = decltype(element);
+    if constexpr (kHasBFloat16 && sizeof(typename ComputeOf<Element>::type) == sizeof(float)) {
+      if (args.bfloat16) return body(element, MultiplyBFloat16{});
     }
-    return weight * v - shrink * u;
-  }
-};
-
-// Gradients of the distance between a row and its code, for both sides at once: `own` is the side
-// that is differentiated. For l2, 2 g (own - other).
-template <class Element>
-Slope slope(const VqBackwardArgs& args, double grad, const Element* own, const Element* other) {
-  switch (args.metric) {
-    case Metric::l2:
-      return {Metric::l2, -2 * grad, 0};
-    case Metric::dot:
-      return {Metric::dot, grad, 0};
-    case Metric::cosine:
-      break;
-  }
-  double dot = 0, own_square = 0, other_square = 0;
-  dot = wide_sum(args.dims, [&](int64_t k) {
-    return math::score_term(Metric::dot, widen(own[k]), widen(other[k]));
+    return body(element, Multiply<typename ComputeOf<Element>::type>{});
   });
-  own_square = wide_sum(args.dims, [&](int64_t k) {
-    const double value = widen(own[k]);
-    return value * value;
-  });
-  other_square = wide_sum(args.dims, [&](int64_t k) {
-    const double value = widen(other[k]);
-    return value * value;
-  });
-  const double own_norm = __builtin_sqrt(own_square);
-  const double own_floored = math::maximum(own_norm, math::kNormFloor);
-  const double both = own_floored * math::maximum(__builtin_sqrt(other_square), math::kNormFloor);
-  // Where the floor rules, the norm is a constant.
-  const double shrink = own_norm > math::kNormFloor ? dot / both / own_square : 0;
-  return {Metric::cosine, grad / both, grad * shrink};
 }
 
 }  // namespace
 
 void vq_plan(const VqArgs& args, VqPlan& plan) {
-  with_element(args.dtype, [&](auto element) {
-    using Element = decltype(element);
-    using Gemm = typename Codes<Element>::Gemm;
-    plan.code_panels = Gemm::left_panels(args.codes);
-    plan.panels_bytes = plan.code_panels * Gemm::left_panel_size(args.dims) *
-                        static_cast<int64_t>(sizeof(typename Codes<Element>::T));
-    plan.workspace_bytes = Rows<Element>::bytes(args);
-  });
+  // Below that the products are not what takes the time.
+  constexpr int64_t kDimsWorthIt = 4;
+  plan.bfloat16 = kHasBFloat16 && args.dtype != Dtype::float64 && args.dims >= kDimsWorthIt;
   plan.table_size = 4;
-  while (plan.table_size < 4 * args.codes) plan.table_size *= 2;
+  while (args.k == 1 && plan.table_size < 4 * args.codes) plan.table_size *= 2;
+  with_candidates(args, [&](auto element, auto multiply) {
+    const Codes<decltype(element), decltype(multiply)> codes{args};
+    plan.code_panels = codes.panels;
+    plan.starts_bytes = codes.starts_bytes();
+    plan.lines_bytes = codes.lines_bytes();
+    Arena arena;
+    Rows<decltype(element), decltype(multiply)>(codes, arena);
+    plan.workspace_bytes = arena.bytes();
+  });
 }
 
 void vq_centre(const VqArgs& args, int64_t begin, int64_t end) {
-  with_element(args.dtype,
-               [&](auto element) { Codes<decltype(element)>{args}.find_centre(begin, end); });
+  with_candidates(args, [&](auto element, auto multiply) {
+    Codes<decltype(element), decltype(multiply)>{args}.find_centre(begin, end);
+  });
 }
 
 void vq_pack(const VqArgs& args, int64_t begin, int64_t end) {
-  with_element(args.dtype, [&](auto element) {
-    const Codes<decltype(element)> codes{args};
+  with_candidates(args, [&](auto element, auto multiply) {
+    const Codes<decltype(element), decltype(multiply)> codes{args};
     for (int64_t panel = begin; panel < end; ++panel) codes.pack(panel);
   });
 }
 
 void vq_select(VqArgs& args, int32_t* table, int64_t table_size) {
-  with_element(args.dtype, [&](auto element) {
-    Codes<decltype(element)>{args}.select(args, table, table_size);
+  with_candidates(args, [&](auto element, auto multiply) {
+    Codes<decltype(element), decltype(multiply)>{args}.select(args, table, table_size);
+  });
+}
+
+void vq_probe(const VqArgs& args, void* workspace, bool& result) {
+  with_candidates(args, [&](auto element, auto multiply) {
+    result = pays<decltype(element), decltype(multiply)>(args, workspace);
   });
 }
 
 void vq_lookup(const VqArgs& args, int64_t begin, int64_t end, void* workspace) {
-  with_element(args.dtype,
-               [&](auto element) { lookup<decltype(element)>(args, begin, end, workspace); });
-}
-
-void vq_backward_x(const VqBackwardArgs& args, int64_t begin, int64_t end) {
-  with_element(args.dtype, [&](auto element) {
-    using Element = decltype(element);
-    using T = typename ComputeOf<Element>::type;
-    const int64_t dims = args.dims;
-    for (int64_t row = begin; row < end; ++row) {
-      const Element* x = static_cast<const Element*>(args.x) + row * dims;
-      const Element* code = static_cast<const Element*>(args.codebook) + args.indices[row] * dims;
-      const Slope by_x = slope(args, static_cast<const T*>(args.grad)[row], x, code);
-      Element* grad_x = static_cast<Element*>(args.grad_x) + row * dims;
-      for (int64_t k = 0; k < dims; ++k) {
-        narrow(by_x.at(widen(x[k]), widen(code[k])), grad_x[k]);
-      }
-    }
-  });
-}
-
-void vq_backward_codebook(const VqBackwardArgs& args, int64_t begin, int64_t end, double* sums) {
-  with_element(args.dtype, [&](auto element) {
-    using Element = decltype(element);
-    using T = typename ComputeOf<Element>::type;
-    const int64_t dims = args.dims;
-    for (int64_t index = begin; index < end; ++index) {
-      const Element* code = static_cast<const Element*>(args.codebook) + index * dims;
-      for (int64_t k = 0; k < dims; ++k) sums[k] = 0;
-      for (int64_t i = args.code_begins[index]; i < args.code_begins[index + 1]; ++i) {
-        const int64_t row = args.order[i];
-        const Element* x = static_cast<const Element*>(args.x) + row * dims;
-        const Slope by_code = slope(args, static_cast<const T*>(args.grad)[row], code, x);
-        for (int64_t k = 0; k < dims; ++k) {
-          sums[k] += by_code.at(widen(code[k]), widen(x[k]));
-        }
-      }
-      Element* grad_code = static_cast<Element*>(args.grad_codebook) + index * dims;
-      for (int64_t k = 0; k < dims; ++k) narrow(sums[k], grad_code[k]);
-    }
+  with_candidates(args, [&](auto element, auto multiply) {
+    lookup<decltype(element), decltype(multiply)>(args, begin, end, workspace);
   });
 }
 

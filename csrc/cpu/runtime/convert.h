@@ -56,6 +56,22 @@ FASTZOO_INLINE Vec<float> load_wide(const Element* p) {
 }
 #endif
 
+// sums += the squares, in double; as many sums as a vector has lanes.
+FASTZOO_INLINE void add_squares(Vec<double> values, Vec<double> (&sums)[1]) {
+  sums[0] = sums[0] + values * values;
+}
+FASTZOO_INLINE void add_squares(Vec<float> values, Vec<double> (&sums)[2]) {
+  typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2)));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    HalfVector half;
+    __builtin_memcpy(&half, reinterpret_cast<const char*>(&values.v) + i * sizeof(half),
+                     sizeof(half));
+    const Vec<double> wide = __builtin_convertvector(half, Vec<double>::Native);
+    sums[i] = sums[i] + wide * wide;
+  }
+}
+
 // narrow(value, element): rounds to float, then to the element; ties to even.
 FASTZOO_INLINE void narrow(double value, float& element) { element = static_cast<float>(value); }
 FASTZOO_INLINE void narrow(double value, double& element) { element = value; }
@@ -89,6 +105,64 @@ FASTZOO_INLINE void narrow(double value, Half& element) {
   element.bits = static_cast<uint16_t>(sign | half);
 #endif
 }
+
+// As many elements as a vector of doubles has lanes, and back: rounded to float, then to the
+// element.
+#if defined(__AVX512F__)
+FASTZOO_INLINE __m256 load_few(const float* p) { return _mm256_loadu_ps(p); }
+FASTZOO_INLINE __m128i load_few_halves(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+FASTZOO_INLINE __m256 load_few(const Half* p) { return _mm256_cvtph_ps(load_few_halves(p)); }
+FASTZOO_INLINE __m256 load_few(const BFloat16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_few_halves(p)), 16));
+}
+template <class Element>
+FASTZOO_INLINE Vec<double> load_doubles(const Element* p) {
+  return _mm512_cvtps_pd(load_few(p));
+}
+FASTZOO_INLINE void narrow(Vec<double> values, float* p) {
+  _mm256_storeu_ps(p, _mm512_cvtpd_ps(values.v));
+}
+FASTZOO_INLINE void narrow(Vec<double> values, Half* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(_mm512_cvtpd_ps(values.v), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+FASTZOO_INLINE __m128 load_few(const float* p) { return _mm_loadu_ps(p); }
+FASTZOO_INLINE __m128i load_few_halves(const void* p) {
+  return _mm_loadl_epi64(static_cast<const __m128i*>(p));
+}
+FASTZOO_INLINE __m128 load_few(const Half* p) { return _mm_cvtph_ps(load_few_halves(p)); }
+FASTZOO_INLINE __m128 load_few(const BFloat16* p) {
+  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(load_few_halves(p)), 16));
+}
+template <class Element>
+FASTZOO_INLINE Vec<double> load_doubles(const Element* p) {
+  return _mm256_cvtps_pd(load_few(p));
+}
+FASTZOO_INLINE void narrow(Vec<double> values, float* p) {
+  _mm_storeu_ps(p, _mm256_cvtpd_ps(values.v));
+}
+FASTZOO_INLINE void narrow(Vec<double> values, Half* p) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p),
+                   _mm_cvtps_ph(_mm256_cvtpd_ps(values.v), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+template <class Element>
+FASTZOO_INLINE Vec<double> load_doubles(const Element* p) {
+  Vec<double> values;
+  for (int i = 0; i < Vec<double>::size; ++i) values.v[i] = widen(p[i]);
+  return values;
+}
+#endif
+FASTZOO_INLINE Vec<double> load_doubles(const double* p) { return Vec<double>::load(p); }
+
+template <class Element>
+FASTZOO_INLINE void narrow(Vec<double> values, Element* p) {
+  for (int i = 0; i < Vec<double>::size; ++i) narrow(values.v[i], p[i]);
+}
+FASTZOO_INLINE void narrow(Vec<double> values, double* p) { values.store(p); }
 
 // Calls body(Element{}) with the C++ type of a dtype.
 template <class Body>

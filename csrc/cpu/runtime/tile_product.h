@@ -40,6 +40,15 @@ struct MultiplyBFloat16 {
   using Operand = __m512i;
   static constexpr int kEach = 2;
 
+  __attribute__((always_inline)) static Vec<float> operand(Vec<float> values) {
+    const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values.v));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+  }
+  // Of operands, one step of depth and the next.
+  __attribute__((always_inline)) static Operand words(Vec<float> first, Vec<float> second) {
+    return _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first.v), 16),
+                           _mm512_castps_si512(second.v));
+  }
   __attribute__((always_inline)) static Operand load(const Word* p) {
     return _mm512_loadu_si512(p);
   }
@@ -89,6 +98,12 @@ struct TileProduct {
   __attribute__((always_inline)) static void clear(Tile& tile) {
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) tile[i][0] = tile[i][1] = V(T(0));
+  }
+
+  // Every column starts from starts[kRows].
+  __attribute__((always_inline)) static void start(const T* starts, Tile& tile) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) tile[i][0] = tile[i][1] = V(starts[i]);
   }
 
   __attribute__((always_inline)) static void load(const T* from, int64_t stride, Tile& tile) {

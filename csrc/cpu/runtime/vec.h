@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
@@ -220,6 +221,30 @@ FASTZOO_INLINE T lane_maximum(Vec<T> a) {
   T highest = a[0];
   for (int i = 1; i < Vec<T>::size; ++i) highest = math::maximum(highest, a[i]);
   return highest;
+}
+
+// Element j of row i becomes element i of row j.
+template <class T>
+FASTZOO_INLINE void transpose(Vec<T> (&rows)[Vec<T>::size]) {
+  constexpr int kSize = Vec<T>::size;
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+#pragma GCC unroll 4
+  for (int step = 1; step < kSize; step *= 2) {
+    Indices first, second;  // elements of a pair of rows, the second's from kSize on
+#pragma GCC unroll 16
+    for (int i = 0; i < kSize; ++i) {
+      first[i] = (i & step) == 0 ? i : kSize + i - step;
+      second[i] = (i & step) == 0 ? i + step : kSize + i;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kSize; ++i) {
+      if ((i & step) != 0) continue;
+      const Vec<T> a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a.v, b.v, first);
+      rows[i + step] = __builtin_shuffle(a.v, b.v, second);
+    }
+  }
 }
 
 }  // namespace fastzoo::cpu::FASTZOO_CPU_ISA

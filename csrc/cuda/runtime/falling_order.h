@@ -1,11 +1,9 @@
 // The order in which suppression visits boxes: by falling score, ties by lower index, NaN last.
 #pragma once
 
-#include <array>
-#include <optional>
-
 #include "../../math/nms.h"
 #include "rows.h"
+#include "sorted.h"
 
 namespace fastzoo::cuda {
 
@@ -27,22 +25,6 @@ __global__ void __launch_bounds__(kKeyThreads)
     falling_keys(const T* scores, int64_t n, FallingKey<ComputeOf<T>>* keys) {
   const int64_t i = int64_t{blockIdx.x} * kKeyThreads + threadIdx.x;
   if (i < n) keys[i] = signed_falling_key(static_cast<ComputeOf<T>>(scores[i]));
-}
-
-// Values and indices.
-struct SortedKeys {
-  Tensor values, indices;
-};
-
-// Along the last dimension, rising; equal keys by lower index.
-inline SortedKeys sort_rows(const Tensor& keys) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(int64_t{-1}),
-                                    from(false)};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
 // int64 indices of scores [n], n > 0.

@@ -6,6 +6,7 @@
 #include "../../math/nms.h"
 #include "../../math/rotated_boxes.h"
 #include "rows.h"
+#include "sorted.h"
 
 namespace fastzoo::cuda {
 
@@ -372,19 +373,6 @@ struct SegmentTask {
   int64_t* suppressors;  // where matched: by index, the rank of the first that suppresses a box
   uint64_t* tickets;
 };
-
-// The first of rising ids [from, to) that is not below `id`.
-FASTZOO_DEVICE int64_t first_of_segment(const int64_t* ids, int64_t from, int64_t to, int64_t id) {
-  while (from < to) {
-    const int64_t middle = from + (to - from) / 2;
-    if (ids[middle] < id) {
-      from = middle + 1;
-    } else {
-      to = middle;
-    }
-  }
-  return from;
-}
 
 // Without the 1, nvcc spills for the sake of more blocks a unit.
 template <class Boxes, bool matched>

@@ -2,6 +2,7 @@
 // Scheme::kRows rows of the left one and goes over the right one, kTileColumns rows at a time.
 //   FusedScheme<C>     fused multiply-adds of C
 //   MmaScheme<type>    matrix instructions on operands rounded to 16 bits, summed in fp32
+//   SplitScheme        the same on operands that come as two bfloat16 parts each
 // A thread holds kRowsEach x kColumnsEach products, (i, j) that of row(i) with column(j). The
 // kRowLanes lanes that are neighbours hold the same rows, and all of their columns; lanes that are
 // kRowLanes apart hold the same columns.
@@ -113,21 +114,60 @@ struct MmaScheme {
     FASTZOO_DEVICE float& operator()(int i, int j) { return values[j / 2][i * 2 + j % 2]; }
   };
 
+  // Where a lane's row of the matrices begins that it loads: 16 x 16 of the left rows, and of the
+  // right ones from j on, from element d on.
   template <class Left, class Right>
-  FASTZOO_DEVICE static void multiply_add(Left& left, Right& right, Products& products) {
+  struct Lanes {
     const int lane = threadIdx.x % kWarpSize;
     const int left_row = static_cast<int>(threadIdx.x) / kWarpSize * 16 + lane % 16;
     const int right_row = lane / 16 * 8 + lane % 8;
+
+    FASTZOO_DEVICE int left(int d) const { return left_row * Left::kPitch + d + lane / 16 * 8; }
+    FASTZOO_DEVICE int right(int j, int d) const {
+      return (j + right_row) * Right::kPitch + d + lane / 8 % 2 * 8;
+    }
+  };
+
+  template <class Left, class Right>
+  FASTZOO_DEVICE static void multiply_add(Left& left, Right& right, Products& products) {
+    const Lanes<Left, Right> at;
 #pragma unroll
     for (int d = 0; d < kDepth; d += 16) {
-      const Vector<uint32_t, 4> a =
-          left.values.load_matrices(left_row * Left::kPitch + d + lane / 16 * 8);
+      const Vector<uint32_t, 4> a = left.values.load_matrices(at.left(d));
 #pragma unroll
       for (int j = 0; j < kTileColumns; j += 16) {
-        const Vector<uint32_t, 4> b =
-            right.values.load_matrices((j + right_row) * Right::kPitch + d + lane / 8 % 2 * 8);
+        const Vector<uint32_t, 4> b = right.values.load_matrices(at.right(j, d));
         mma<type>(products.values[j / 8], a, b[0], b[1]);
         mma<type>(products.values[j / 8 + 1], a, b[2], b[3]);
+      }
+    }
+  }
+};
+
+// high high + high low + low high of operands stored as high and low parts: rows are pieces of
+// kDepth elements, the high parts of kDepth / 2 dimensions followed by their low parts.
+struct SplitScheme : MmaScheme<MmaType::bfloat16> {
+  static constexpr int kDims = kDepth / 2;
+
+  // Where a dimension's high part is; its low part is kDims elements further.
+  FASTZOO_DEVICE static int64_t place(int64_t d) { return d / kDims * kDepth + d % kDims; }
+
+  template <class Left, class Right>
+  FASTZOO_DEVICE static void multiply_add(Left& left, Right& right, Products& products) {
+    constexpr MmaType kType = MmaType::bfloat16;
+    const Lanes<Left, Right> at;
+    const Vector<uint32_t, 4> a_high = left.values.load_matrices(at.left(0));
+    const Vector<uint32_t, 4> a_low = left.values.load_matrices(at.left(kDims));
+#pragma unroll
+    for (int j = 0; j < kTileColumns; j += 16) {
+      const Vector<uint32_t, 4> b_high = right.values.load_matrices(at.right(j, 0));
+      const Vector<uint32_t, 4> b_low = right.values.load_matrices(at.right(j, kDims));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        auto& sums = products.values[j / 8 + half];
+        mma<kType>(sums, a_high, b_high[2 * half], b_high[2 * half + 1]);
+        mma<kType>(sums, a_high, b_low[2 * half], b_low[2 * half + 1]);
+        mma<kType>(sums, a_low, b_high[2 * half], b_high[2 * half + 1]);
       }
     }
   }

@@ -1,0 +1,301 @@
+"""What is measured: every operator that has cases, and work that is made of several of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastzoo
+from fastzoo import nn, ops
+from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
+from fastzoo.testing.vq import VQ_NEAREST, VQ_QUANTIZE, VQ_STATISTICS, random_codes
+
+# vector-quantize-pytorch's defaults, of which fastzoo.nn's are the same.
+DECAY, EPS, COMMITMENT = 0.8, 1e-5, 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What an :class:`OpSpec` does not describe: the gradients of several results, a module's step.
+
+    Its right answers are in benchmarks/expected.py.
+
+    Args:
+        name: as it appears in the tables.
+        operator: the dispatcher operator whose backends can do it.
+        prepare: ``prepare(*args, **kwargs) -> call`` of fastzoo, on the backend that is forced.
+        eager: the same as one writes it in PyTorch, of the same arguments.
+        eager_bytes: as that of an operator.
+        benchmarks: its cases.
+    """
+
+    name: str
+    operator: str
+    prepare: Callable[..., Callable[[], Any]]
+    eager: Callable[..., Any]
+    eager_bytes: Callable[..., float]
+    benchmarks: tuple[BenchmarkCase, ...]
+
+
+def prepared(work: OpSpec | Workload, backend: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    """fastzoo's call on one backend."""
+    if isinstance(work, OpSpec):
+        return functools.partial(work.function, *args, **kwargs, backend=backend)
+    call = work.prepare(*args, **kwargs)
+
+    def forced() -> Any:
+        with fastzoo.use_backend(backend):
+            return call()
+
+    return forced
+
+
+# --- vq_quantize, forward and backward ------------------------------------------------------------
+
+
+def _quantize(x: Tensor, codebook: Tensor, _: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    def call() -> tuple[Tensor, ...]:
+        output = ops.vq_quantize(x, codebook)
+        return output.loss, output.quantized
+
+    return call
+
+
+def _eager_quantize(x: Tensor, codebook: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    quantized, _, loss = VQ_QUANTIZE.eager(x, codebook)
+    return loss, quantized
+
+
+def _scores_bytes(x: Tensor, codebook: Tensor, *_: Any) -> float:
+    return x.element_size() * x.numel() / x.shape[-1] * len(codebook)
+
+
+def _lookup_flops(x: Tensor, codebook: Tensor, *_: Any, **__: Any) -> float:
+    return 2.0 * x.numel() * len(codebook)
+
+
+def _codes_and_gradient(
+    n: int, k: int, dim: int, *, device: str, leading: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors, codes, and what a decoder sends back."""
+    x, codebook = random_codes(n, k, dim, device=device)
+    gradient = random_codes(n, 1, dim, seed=1, device=device)[0]
+    return x.view(*leading, n, dim), codebook, gradient.view(*leading, n, dim)
+
+
+def _quantize_case(n: int, k: int, dim: int) -> BenchmarkCase:
+    return BenchmarkCase(
+        name=f"{n} x {k} x {dim}",
+        shape={"n": n, "k": k, "dim": dim},
+        make=lambda device, n, k, dim: _codes_and_gradient(n, k, dim, device=device),
+        kwargs={},
+        flops=_lookup_flops,
+        # Vectors, codes, results and all gradients, each once.
+        bytes=lambda x, codebook, grad: 4.0 * (4 * x.numel() + 2 * codebook.numel()),
+        gradients=(0, 1),
+        seeds=lambda x, codebook, grad: (None, grad),
+        tolerance=lambda *args, **kwargs: 1e-5,
+    )
+
+
+QUANTIZE = Workload(
+    "vq_quantize",
+    "vq_quantize",
+    _quantize,
+    _eager_quantize,
+    _scores_bytes,
+    (_quantize_case(4096, 1024, 64), _quantize_case(4096, 8192, 256)),
+)
+
+
+# --- nn.VectorQuantize: a step of training, or the forward alone ----------------------------------
+
+
+def step_of(module: Any, x: Tensor, codebook: Tensor, training: bool) -> Callable[[], Any]:
+    """A call of vector-quantize-pytorch's module, or of fastzoo's, which keeps the same state; each
+    begins with that of a new module, so that none depends on how many came before it."""
+    module = module(
+        dim=codebook.shape[1],
+        codebook_size=len(codebook),
+        decay=DECAY,
+        commitment_weight=COMMITMENT,
+        eps=EPS,
+        rotation_trick=False,
+    )
+    module.to(x.device).train(training)
+    state = dict(module._codebook.named_buffers())
+    new = {
+        "embed": codebook.detach(),
+        "embed_avg": codebook.detach(),
+        "cluster_size": torch.ones_like(codebook[:, 0]).detach(),
+    }
+
+    def call() -> Any:
+        with torch.no_grad():
+            for name, value in new.items():
+                state[name].copy_(value.view(state[name].shape))
+        quantized, _, loss = module(x)
+        if not training:
+            return quantized
+        return loss, quantized, state["embed"].view(codebook.shape)
+
+    return call
+
+
+def _vector_quantize(
+    x: Tensor, codebook: Tensor, _: Tensor, *, training: bool
+) -> Callable[[], Any]:
+    return step_of(nn.VectorQuantize, x, codebook, training)
+
+
+def _eager_vector_quantize(
+    x: Tensor, codebook: Tensor, _: Tensor, *, training: bool
+) -> Tensor | tuple[Tensor, ...]:
+    rows, k = x.detach().flatten(0, -2), len(codebook)
+    indices = VQ_NEAREST.eager(rows, codebook)
+    codes = F.embedding(indices, codebook).view(x.shape)
+    if not training:
+        return codes
+    counts, sums = VQ_STATISTICS.eager(rows, indices, k)
+    cluster_size = DECAY + (1 - DECAY) * counts
+    embed_avg = DECAY * codebook + (1 - DECAY) * sums
+    total = cluster_size.sum()
+    smoothed = (cluster_size + EPS) / (total + k * EPS) * total
+    loss = COMMITMENT * F.mse_loss(x, codes)
+    return loss, x + (codes - x).detach(), embed_avg / smoothed[:, None]
+
+
+def _step_case(name: str, training: bool) -> BenchmarkCase:
+    return BenchmarkCase(
+        name=name,
+        shape={"n": 4096, "k": 8192, "dim": 256},
+        make=lambda device, n, k, dim: _codes_and_gradient(n, k, dim, device=device, leading=(1,)),
+        kwargs={"training": training},
+        flops=_lookup_flops,
+        # Forward: vectors, codes, results. Training also: both gradients, the codebook's averages
+        # read and written, the codebook written.
+        bytes=lambda x, codebook, grad, training: (
+            4.0 * (2 + 2 * training) * x.numel() + 4.0 * (1 + 3 * training) * codebook.numel()
+        ),
+        gradients=(0,) if training else (),
+        seeds=lambda x, codebook, grad: (None, grad),
+        tolerance=lambda *args, **kwargs: 1e-5,
+    )
+
+
+VECTOR_QUANTIZE = Workload(
+    "VectorQuantize",
+    "vq_quantize",
+    _vector_quantize,
+    _eager_vector_quantize,
+    _scores_bytes,
+    (
+        _step_case("train step, 4096 x 8192 x 256", True),
+        _step_case("eval, 4096 x 8192 x 256", False),
+    ),
+)
+
+
+# --- kmeans ---------------------------------------------------------------------------------------
+
+
+def _kmeans(x: Tensor, initial: Tensor, *, iters: int) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        return ops.kmeans(x, len(initial), init=initial, iters=iters, tol=0.0).centroids
+
+    return call
+
+
+def _eager_kmeans(x: Tensor, initial: Tensor, *, iters: int) -> Tensor:
+    centroids = initial
+    for _ in range(iters):
+        counts, sums = VQ_STATISTICS.eager(x, VQ_NEAREST.eager(x, centroids), len(initial))
+        centroids = torch.where(counts[:, None] > 0, sums / counts[:, None], centroids)
+    return centroids
+
+
+def _points(device: str, n: int, k: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Points, and the first of them as the initial centroids."""
+    points = random_codes(n, 1, dim, device=device)[0]
+    return points, points[:k].clone()
+
+
+KMEANS = Workload(
+    "kmeans",
+    "vq_nearest",
+    _kmeans,
+    _eager_kmeans,
+    _scores_bytes,
+    (
+        BenchmarkCase(
+            name="100000 x 1024 x 64, 5 rounds",
+            shape={"n": 100_000, "k": 1024, "dim": 64},
+            make=_points,
+            kwargs={"iters": 5},
+            flops=lambda x, initial, iters: iters * _lookup_flops(x, initial),
+            bytes=lambda x, initial, iters: 4.0 * iters * (x.numel() + 2 * initial.numel()),
+        ),
+    ),
+)
+
+
+# --- vq_statistics --------------------------------------------------------------------------------
+
+
+def _chosen(device: str, n: int, k: int, dim: int) -> tuple[Tensor, Tensor, int]:
+    """Vectors, and codes chosen as unevenly as training does: a few of them by many vectors."""
+    generator = torch.Generator().manual_seed(2)
+    indices = (k * torch.rand(n, generator=generator) ** 3).long()
+    return random_codes(n, 1, dim, device=device)[0], indices.to(device), k
+
+
+STATISTICS = Workload(
+    "vq_statistics",
+    "vq_statistics",
+    lambda x, indices, codes: functools.partial(ops.vq_statistics, x, indices, codes),
+    VQ_STATISTICS.eager,
+    lambda *args: 0.0,
+    (
+        BenchmarkCase(
+            name="65536 x 8192 x 64",
+            shape={"n": 65536, "k": 8192, "dim": 64},
+            make=_chosen,
+            kwargs={},
+            flops=lambda x, indices, codes: 0.0,
+            bytes=lambda x, indices, codes: (
+                4.0 * (x.numel() + codes * (x.shape[1] + 1)) + 8.0 * len(x)
+            ),
+        ),
+    ),
+)
+
+
+def _also(spec: OpSpec, *cases: BenchmarkCase) -> OpSpec:
+    return dataclasses.replace(spec, benchmarks=spec.benchmarks + cases)
+
+
+def _option(spec: OpSpec, case: str, **kwargs: Any) -> BenchmarkCase:
+    known = next(known for known in spec.benchmarks if known.name == case)
+    listed = ", ".join(str(value) for value in kwargs.values())
+    return dataclasses.replace(
+        known,
+        name=f"{case}, {listed}",
+        kwargs=kwargs,
+        flops=lambda *args, **_: known.flops(*args),
+        bytes=lambda *args, **_: known.bytes(*args),
+    )
+
+
+MEASURED: dict[str, OpSpec | Workload] = {
+    **{name: spec for name, spec in SPECS.items() if spec.benchmarks},
+    "vq_nearest": _also(
+        VQ_NEAREST,
+        _option(VQ_NEAREST, "16384 x 8192 x 64", metric="cosine"),
+        _option(VQ_NEAREST, "16384 x 8192 x 64", precision="fast"),
+    ),
+    **{work.name: work for work in (QUANTIZE, VECTOR_QUANTIZE, STATISTICS, KMEANS)},
+}

@@ -1,0 +1,41 @@
+// Sorting by torch's own operator, and looking up in what is sorted.
+#pragma once
+
+#include <array>
+#include <optional>
+
+#include "launch.h"
+
+namespace fastzoo::cuda {
+
+// Values and indices.
+struct SortedKeys {
+  Tensor values, indices;
+};
+
+// Along the last dimension, rising; equal keys by lower index.
+inline SortedKeys sort_rows(const Tensor& keys) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  std::array<StableIValue, 4> stack{from(keys), from(std::optional<bool>(true)), from(int64_t{-1}),
+                                    from(false)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+// The first of rising ids [from, to) that is not below `id`.
+template <class Id>
+FASTZOO_DEVICE int64_t first_of_segment(const Id* ids, int64_t from, int64_t to, int64_t id) {
+  while (from < to) {
+    const int64_t middle = from + (to - from) / 2;
+    if (ids[middle] < id) {
+      from = middle + 1;
+    } else {
+      to = middle;
+    }
+  }
+  return from;
+}
+
+}  // namespace fastzoo::cuda
