@@ -94,7 +94,6 @@ def _combine_kernel(
     partial,  # [parts, dims]
     offsets,  # [codes + 1]
     part_ends,  # [codes]
-    counts,  # [codes], written; or None
     sums,  # [codes, dims], written
     codes,
     dims,
@@ -117,9 +116,6 @@ def _combine_kernel(
         total += tl.load(partial + at, mask=live, other=0.0)
     out = code[:, None] * dims + lane[None, :]
     tl.store(sums + out, _rounded(total, sums.dtype.element_ty), mask=there[:, None] & within)
-    if counts is not None:
-        first = tl.program_id(1) == 0
-        tl.store(counts + code, length.to(counts.dtype.element_ty), mask=there & first)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -201,20 +197,20 @@ def _sums_by_code(
     indices: torch.Tensor,
     codes: int,
     dtype: torch.dtype,
-    counts: torch.Tensor | None = None,
     codebook: torch.Tensor | None = None,
     grad_losses: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     grad_quantized: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Sums [codes, dims] over the rows of each code, which are counted too where `counts` is given:
-    of x, or with a codebook of the gradients that reach the code."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many rows each code has, and the sums [codes, dims] over them: of x, or with a codebook
+    of the gradients that reach the code."""
     rows, dims = x.shape
     device = x.device
     sums = torch.empty(codes, dims, dtype=dtype, device=device)
     by_code, order = torch.sort(indices, stable=True)
     offsets = torch.searchsorted(by_code, torch.arange(codes + 1, device=device))
-    part_ends = ((offsets.diff() + PART - 1) // PART).cumsum(0)
+    counts = offsets.diff()
+    part_ends = ((counts + PART - 1) // PART).cumsum(0)
     # As many as there can be, so that nothing is read back.
     parts = min(rows, rows // PART + codes)
     part_codes = torch.searchsorted(part_ends, torch.arange(parts, device=device), right=True)
@@ -247,7 +243,6 @@ def _sums_by_code(
             partial,
             offsets,
             part_ends,
-            counts,
             sums,
             codes,
             dims,
@@ -256,7 +251,7 @@ def _sums_by_code(
             BLOCK_D=tile_dims,
             **FUSED,
         )
-    return sums
+    return counts, sums
 
 
 def tile_of(x: torch.Tensor) -> tuple[int, int]:
@@ -269,10 +264,10 @@ def vq_statistics(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How many rows each code has, and their sum; a row of index -1 is left out."""
     dtype = compute_dtype(x)
-    counts = torch.empty(codes, dtype=dtype, device=x.device)
     if codes == 0:
-        return counts, torch.empty(0, x.shape[1], dtype=dtype, device=x.device)
-    return counts, _sums_by_code(x.contiguous(), indices.contiguous(), codes, dtype, counts)
+        return x.new_empty(0, dtype=dtype), x.new_empty(0, x.shape[1], dtype=dtype)
+    counts, sums = _sums_by_code(x.contiguous(), indices.contiguous(), codes, dtype)
+    return counts.to(dtype), sums
 
 
 def vq_quantize_backward(
@@ -315,7 +310,7 @@ def vq_quantize_backward(
             )
     if not wants_codebook:
         return grad_x, codebook.new_empty(0, dims)
-    grad_codebook = _sums_by_code(
+    _, grad_codebook = _sums_by_code(
         x,
         indices,
         len(codebook),
@@ -368,7 +363,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
                 constants,
                 vector_loads=True,
             )
-        for name, types in (("counts", {"counts": computed}), ("gradient", {})):
+        for name, summed in (("sums", computed), ("gradient", given)):
             add(
                 f"combine-{name}-{type_}",
                 _combine_kernel,
@@ -376,10 +371,9 @@ def compile_cases(generation: int) -> list[CompileCase]:
                     "partial": "*fp64",
                     "offsets": "*i64",
                     "part_ends": "*i64",
-                    "sums": computed if types else given,
+                    "sums": summed,
                     "codes": "i32",
                     "dims": "i32",
-                    **types,
                 },
                 {"PART": PART},
                 vector_loads=True,

@@ -217,6 +217,21 @@ def test_a_head_is_a_codebook_of_its_own(backend: str) -> None:
         assert torch.equal(together[:, head], torch.where(mask, alone, -1))
 
 
+# Of a GPU's groups of codes: one group of four tiles, or a group more than a list of four holds.
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@pytest.mark.parametrize(("k", "near"), [(None, range(5, 600, 128)), (3, range(0, 600, 134))])
+def test_a_few_codes_within_rounding_are_told_apart(
+    backend: str, k: int | None, near: range
+) -> None:
+    x, codebook = random_codes(60, 600, 8, seed=16)
+    x, codebook = x / 8, codebook * 50
+    codebook[list(near)] = 1 + codebook[list(near)] * 2**-29
+    expected = reference.vq_nearest(x, codebook, k=k)
+    found = ops.vq_nearest(x.to(DEVICE), codebook.to(DEVICE), k=k, backend=backend)
+    assert set(expected.unique().tolist()) <= set(near)
+    assert torch.equal(found.cpu(), expected)
+
+
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_fast_is_within_its_stated_error(backend: str, metric: str) -> None:
