@@ -30,6 +30,19 @@ def _horner(coefficients: list[float], x: Tensor) -> Tensor:
     return value
 
 
+def square_root(x: Tensor) -> Tensor:
+    """Rounded to nearest, of values from 1e-280 to 1e280: torch's own may come from a library whose
+    last bit is off. The error of the root, from its exact square (Dekker, 1971), corrects it."""
+    root = x.sqrt()
+    high = 134217729 * root
+    high = high - (high - root)
+    low = root - high
+    square = root * root
+    beyond = ((high * high - square) + 2 * high * low) + low * low
+    nearer = root + (x - square - beyond) / (2 * root)
+    return torch.where((x > 1e-280) & (x < 1e280), nearer, root)
+
+
 def exponential(x: Tensor) -> Tensor:
     """e^x; 0 below -708, infinite above 709."""
     inside = (x >= -708) & (x <= 709)

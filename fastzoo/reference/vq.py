@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastzoo.reference.exact import square_root
 from fastzoo.reference.precision import compute_dtype
 
 NORM_FLOOR = 1e-12
@@ -24,7 +25,7 @@ def exact_scores(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
         else:
             total += x_d * c_d
             norm += c_d * c_d
-    return total / norm.sqrt().clamp(min=NORM_FLOOR) if metric == "cosine" else total
+    return total / square_root(norm).clamp(min=NORM_FLOOR) if metric == "cosine" else total
 
 
 def selected_distance(x: Tensor, codes: Tensor, metric: str) -> Tensor:

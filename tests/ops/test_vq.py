@@ -1,5 +1,6 @@
 """vq_nearest against independent oracles, and the edges that belong to it alone."""
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from fastzoo import ops, reference
 from fastzoo.ops._operator import OPERATORS
+from fastzoo.reference.exact import square_root
 from fastzoo.testing.timing import peak_memory
 from fastzoo.testing.vq import METRICS, random_codes, random_heads, samples
 from tests.conftest import DEVICE
@@ -59,6 +61,14 @@ def test_like_scipy(metric: str, scipy_metric: str | None) -> None:
     best = distance.min(1)
     expected = {"l2": best, "cosine": 1 - best, "dot": -best}[metric]
     np.testing.assert_allclose(d.numpy(), expected, rtol=2**-23)
+
+
+def test_the_reference_takes_square_roots_that_are_rounded_right() -> None:
+    generator = torch.Generator().manual_seed(16)
+    x = torch.exp2(torch.rand(20_000, dtype=torch.double, generator=generator) * 1600 - 800)
+    x = torch.cat([x, torch.tensor([0.0, 4.0, torch.inf, 5e-324], dtype=torch.double)])
+    assert square_root(x).tolist() == [math.sqrt(v) for v in x.tolist()]
+    assert square_root(torch.tensor(torch.nan)).isnan()
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
