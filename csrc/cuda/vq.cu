@@ -723,9 +723,11 @@ T* optional_data(const Tensor& tensor) {
   return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-std::vector<int64_t> sizes_of_results(const Tensor& x, int64_t k) {
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end() - 1);
-  if (k > 0) sizes.push_back(k);
+// Those of x, with another last one; without it where that is 0.
+std::vector<int64_t> sizes_like(const Tensor& x, int64_t last) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) sizes.push_back(x.size(d));
+  if (last > 0) sizes.push_back(last);
   return sizes;
 }
 
@@ -736,7 +738,7 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, c
   const Metric metric = metric_of(metric_name);
   STD_TORCH_CHECK(k <= kMostNearest, "fastzoo: vq_nearest: k of at most ", kMostNearest,
                   " expected, got ", k);
-  const std::vector<int64_t> sizes = sizes_of_results(x, k);
+  const std::vector<int64_t> sizes = sizes_like(x, k);
   const Tensor indices = new_empty(x, sizes, ScalarType::Long);
   const Tensor d = new_empty(x, sizes, compute_dtype(x.scalar_type()));
   if (indices.numel() == 0) return {d, indices};
@@ -759,10 +761,10 @@ std::tuple<Tensor, Tensor, Tensor> vq_quantize(const Tensor& x, const Tensor& co
                                                double codebook_weight, double beta) {
   using torch::stable::new_empty;
   const Metric metric = metric_of(metric_name);
-  const std::vector<int64_t> sizes = sizes_of_results(x, 0);
+  const std::vector<int64_t> sizes = sizes_like(x, 0);
   const Tensor indices = new_empty(x, sizes, ScalarType::Long);
   const Tensor losses = new_empty(x, sizes, compute_dtype(x.scalar_type()));
-  const Tensor quantized = new_empty(x, x.sizes(), x.scalar_type());
+  const Tensor quantized = new_empty(x, sizes_like(x, x.size(-1)), x.scalar_type());
   if (indices.numel() == 0) return {quantized, losses, indices};
   const Tensor kept = torch::stable::contiguous(mask);
   dispatch_pass(x.scalar_type(), precision, [&](auto type, auto pass) {

@@ -146,7 +146,6 @@ class Codebook(nn.Module):
             drawn = sum_over(torch.where(mine[..., None], drawn, 0), None)
         return drawn, found
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def initialize_(self, rows: Tensor, mask: Tensor | None) -> None:
         """The first codes, by k-means over the vectors ``rows [N, H, D]`` of all ranks.

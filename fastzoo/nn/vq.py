@@ -344,7 +344,8 @@ class VectorQuantize(_Quantizer):
                 mask = mask[..., None].expand(rows.shape[:-1])
         rows = book.normalized(rows)
         if not book.ready:
-            book.initialize_(*self._flat(rows, mask))
+            # Not as a decorator, which imports the compiler with fastzoo.
+            torch.compiler.disable(book.initialize_)(*self._flat(rows, mask))
 
         trains = self.training and not freeze
         moves = self.ema_update if ema_update is None else ema_update
