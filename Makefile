@@ -13,7 +13,7 @@ demo: $(VENV)/demo.stamp ## install, build, run the operators on real input, sav
 	$(BIN)/python examples/demo.py
 
 test: lint ctest ## the fast set: C++ tests, then pytest with every backend
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-all: lint ctest ## also ahead-of-time compiles, CUDA wheel and sweeps
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest
