@@ -108,7 +108,7 @@ def kmeans(
 
 
 def _check_finite(name: str, value: Tensor) -> None:
-    # Their sum is not finite where one of them is not; a NaN is both.
+    # The least and the greatest; a NaN is both.
     if not torch.stack(value.aminmax()).isfinite().all():
         raise ValueError(f"{name}: expected finite values")
 
