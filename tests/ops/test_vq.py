@@ -99,6 +99,8 @@ def test_nan_is_never_nearest(backend: str) -> None:
     codebook[17] = torch.nan
     indices = ops.vq_nearest(x, codebook, backend=backend)
     assert not set(indices.tolist()) & {0, 17}
+    every = ops.vq_nearest(x, codebook, k=40, backend=backend)
+    assert torch.equal(every[:, 38:].cpu(), torch.tensor([[0, 17]]).expand(30, 2))
     x[3, 0] = torch.nan
     indices, d = ops.vq_nearest(x, codebook, backend=backend, return_distance=True)
     assert indices[3] == 0
