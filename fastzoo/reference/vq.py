@@ -175,8 +175,10 @@ class VQOutput(NamedTuple):
 
     @property
     def perplexity(self) -> Tensor:
-        """``exp(-sum p log p)`` of the codes' shares ``p``: 1 to K, of each head."""
-        share = self.counts / self.counts.sum(-1, keepdim=True)
+        """``exp(-sum p log p)`` of the codes' shares ``p``: 1 to K, of each head; 1 of nothing."""
+        if self.counts.numel() == 0:
+            raise ValueError("perplexity: expected statistics, ask for them by return_stats=True")
+        share = self.counts / self.counts.sum(-1, keepdim=True).clamp(min=1)
         entropy: Tensor = torch.special.entr(share).sum(-1)
         return entropy.exp()
 

@@ -343,6 +343,13 @@ def test_statistics_are_numpys(backend: str) -> None:
     assert out.perplexity.item() == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
 
 
+def test_perplexity_of_nothing_and_without_statistics() -> None:
+    x, codebook = random_codes(0, 5, 3)
+    assert ops.vq_quantize(x, codebook, return_stats=True).perplexity == 1
+    with pytest.raises(ValueError, match="return_stats"):
+        _ = ops.vq_quantize(x, codebook).perplexity
+
+
 def test_statistics_have_the_gradient_of_a_sum() -> None:
     x, _ = random_codes(30, 1, 4, seed=14)
     indices = torch.arange(30) % 6 - 1
