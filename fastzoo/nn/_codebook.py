@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastzoo import ops
 from fastzoo.ops._collectives import Batch, sum_over, world
+from fastzoo.ops.vq import average_
 from fastzoo.reference.precision import compute_dtype
 
 
@@ -83,8 +84,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def track_(self, counts: Tensor, sums: Tensor) -> None:
         """Enter the statistics of a batch, and leave the codes as they are."""
-        self.cluster_size.lerp_(counts.to(self.cluster_size.dtype), 1 - self.decay)
-        self.embed_avg.lerp_(sums.to(self.embed_avg.dtype), 1 - self.decay)
+        average_(self.cluster_size, self.embed_avg, counts, sums, self.decay)
 
     @torch.no_grad()
     def move_(self, counts: Tensor, sums: Tensor, decay: float) -> None:

@@ -15,7 +15,7 @@ from fastzoo.ops._checks import (
 )
 from fastzoo.ops._operator import Operator
 from fastzoo.reference.precision import compute_dtype
-from fastzoo.reference.vq import VQOutput, flat, mean_loss
+from fastzoo.reference.vq import VQOutput, flat, mean_loss, statistics_by_head
 
 METRICS = ("l2", "cosine", "dot")
 PRECISIONS = ("exact", "fast")
@@ -425,9 +425,8 @@ def vq_quantize(
     loss = mean_loss(losses, mask, x.shape[-1])
     counts = sums = losses.new_empty(0)
     if return_stats:
-        vectors, every, chosen = flat(rows.detach(), codebook.detach(), indices)
-        counts, sums = _VQ_STATISTICS.choose(backend, x.device.type)(vectors, chosen, len(every))
-        counts, sums = counts.view(codebook.shape[:-1]), sums.view(codebook.shape)
+        statistics = _VQ_STATISTICS.choose(backend, x.device.type)
+        counts, sums = statistics_by_head(rows, codebook, indices, statistics)
     if rows is not x:
         quantized, indices = quantized.view(x.shape), indices.view(x.shape[:-1])
     return VQOutput(quantized, indices, loss, counts, sums)
@@ -471,6 +470,14 @@ def vq_statistics(
     rows, chosen = x.reshape(-1, x.shape[-1]), indices.reshape(-1)
     counts, sums = _VQ_STATISTICS.choose(backend, x.device.type)(rows, chosen, codes)
     return counts, sums
+
+
+def average_(
+    cluster_size: Tensor, embed_avg: Tensor, counts: Tensor, sums: Tensor, decay: float
+) -> None:
+    """Enter the statistics of a batch into their moving averages."""
+    cluster_size.lerp_(counts.to(cluster_size.dtype), 1 - decay)
+    embed_avg.lerp_(sums.to(embed_avg.dtype), 1 - decay)
 
 
 @torch.no_grad()
@@ -527,8 +534,7 @@ def vq_ema_update_(
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: expected 0 to 1, got {decay}")
     # Two passes over the matrices and nothing beside them: already what a kernel would move.
-    cluster_size.lerp_(counts.to(cluster_size.dtype), 1 - decay)
-    embed_avg.lerp_(sums.to(embed_avg.dtype), 1 - decay)
+    average_(cluster_size, embed_avg, counts, sums, decay)
     total = cluster_size.sum(-1, keepdim=True)
     smoothed = (cluster_size + eps) / (total + size[-1] * eps) * total
     counted = total > 0

@@ -1,5 +1,6 @@
 """Vector quantisation by its definition: the nearest codes, and what training makes of them."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -164,6 +165,18 @@ def flat(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, 
     return x.reshape(-1, dim), codebook.reshape(-1, dim), indices.reshape(-1)
 
 
+def statistics_by_head(
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    statistics: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """Counts and sums in the shape of the codebook, without a gradient."""
+    vectors, every, chosen = flat(x.detach(), codebook.detach(), indices)
+    counts, sums = statistics(vectors, chosen, len(every))
+    return counts.view(codebook.shape[:-1]), sums.view(codebook.shape)
+
+
 class VQOutput(NamedTuple):
     """What :func:`fastzoo.ops.vq_quantize` returns."""
 
@@ -210,9 +223,7 @@ def vq_quantize(
     )
     counts = sums = losses.new_empty(0)
     if return_stats:
-        vectors, every, chosen = flat(x.detach(), codebook.detach(), indices)
-        counts, sums = vq_statistics(vectors, chosen, len(every))
-        counts, sums = counts.view(codebook.shape[:-1]), sums.view(codebook.shape)
+        counts, sums = statistics_by_head(x, codebook, indices, vq_statistics)
     loss = mean_loss(losses, mask, x.shape[-1])
     return VQOutput(quantized, indices, loss, counts, sums)
 

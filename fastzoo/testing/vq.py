@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastzoo import ops, reference
+from fastzoo.ops.vq import ESTIMATORS, METRICS
 from fastzoo.reference.precision import compute_dtype
 from fastzoo.testing.spec import BenchmarkCase, Invalid, OpSpec, Sample
 from fastzoo.testing.tolerance import unit_roundoff
-
-METRICS = ("l2", "cosine", "dot")
 
 
 def random_codes(
@@ -239,9 +238,6 @@ VQ_NEAREST = OpSpec(
         _case(16384, 16384, 8),
     ),
 )
-
-
-ESTIMATORS = ("ste", "rotation", "none")
 
 
 def quantize_samples(dtype: torch.dtype) -> Iterator[Sample]:
