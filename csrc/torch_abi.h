@@ -12,6 +12,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 namespace fastzoo {
 
@@ -45,6 +46,10 @@ inline std::string schema_type<bool>() {
 template <>
 inline std::string schema_type<std::string>() {
   return "str";
+}
+template <>
+inline std::string schema_type<std::vector<int64_t>>() {
+  return "int[]";
 }
 
 template <class T>
