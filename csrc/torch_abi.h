@@ -49,7 +49,7 @@ inline std::string schema_type<std::string>() {
 }
 template <>
 inline std::string schema_type<std::vector<int64_t>>() {
-  return "int[]";
+  return "List[int]";
 }
 
 template <class T>
