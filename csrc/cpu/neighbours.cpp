@@ -1,0 +1,236 @@
+// fastzoo::neighbour_search and its gradient on the CPU.
+#include "kernels/neighbours.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "entry.h"
+#include "runtime/point_blocks.h"
+
+namespace fastzoo {
+namespace {
+
+using math::Norm;
+
+// Calls body with each part in [0, parts).
+const auto kInParallel = [](int64_t parts, const auto& body) {
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) body(part);
+  });
+};
+const auto kInTurn = [](int64_t parts, const auto& body) {
+  for (int64_t part = 0; part < parts; ++part) body(part);
+};
+
+// The rows of both sides that are of one cloud.
+struct CloudRows {
+  int64_t begin1, queries;
+  int64_t begin2, points;
+};
+
+std::vector<CloudRows> clouds_of(const char* op, const Tensor& p1, const Tensor& p2,
+                                 const Tensor& ranges1, const Tensor& ranges2) {
+  constexpr int64_t kMostRows = int64_t{1} << 31;
+  STD_TORCH_CHECK(p1.size(0) < kMostRows && p2.size(0) < kMostRows, op, ": more than 2^31 points");
+  STD_TORCH_CHECK(ranges1.size(0) == ranges2.size(0), op, ": ", ranges1.size(0), " clouds and ",
+                  ranges2.size(0));
+  const Tensor own1 = torch::stable::contiguous(ranges1);
+  const Tensor own2 = torch::stable::contiguous(ranges2);
+  const auto clamped = [](const Tensor& ranges, int64_t place, int64_t rows) {
+    const int64_t bound = static_cast<const int64_t*>(ranges.const_data_ptr())[place];
+    return std::clamp(bound, int64_t{0}, rows);
+  };
+  std::vector<CloudRows> clouds(ranges1.size(0));
+  for (size_t b = 0; b < clouds.size(); ++b) {
+    CloudRows& cloud = clouds[b];
+    cloud.begin1 = clamped(own1, 2 * b, p1.size(0));
+    cloud.begin2 = clamped(own2, 2 * b, p2.size(0));
+    cloud.queries = std::max(int64_t{0}, clamped(own1, 2 * b + 1, p1.size(0)) - cloud.begin1);
+    cloud.points = std::max(int64_t{0}, clamped(own2, 2 * b + 1, p2.size(0)) - cloud.begin2);
+  }
+  return clouds;
+}
+
+Norm norm_of(const char* op, int64_t norm) {
+  STD_TORCH_CHECK(norm == 1 || norm == 2, op, ": norm must be 1 or 2, got ", norm);
+  return norm == 1 ? Norm::one : Norm::two;
+}
+
+Tensor in_compute_type(const Tensor& tensor) {
+  return torch::stable::contiguous(
+      torch::stable::to(tensor, compute_dtype(tensor.scalar_type())));
+}
+
+// Queries of a cloud that are searched for one after another.
+struct Task {
+  int64_t cloud, begin, end;
+};
+
+// What the search of one cloud reads.
+template <class T>
+class SearchedCloud {
+ public:
+  template <class Parallel>
+  SearchedCloud(const cpu::NeighbourArgs& args, const CloudRows& rows, const T* queries,
+                const T* points, int64_t parts, const Parallel& parallel) {
+    const bool self = queries == points && rows.queries == rows.points;
+    std::vector<int32_t> point_order;
+    if (tree_pays(args, rows)) {
+      point_order = cpu::morton_order(points, rows.points, args.dims, parts, parallel);
+      if (!self && !point_order.empty()) {
+        query_order_ = cpu::morton_order(queries, rows.queries, args.dims, parts, parallel);
+        // Where a query is not finite every distance counts, in its own way.
+        if (query_order_.empty()) point_order.clear();
+      }
+    }
+    const bool has_tree = !point_order.empty();
+    if (has_tree) {
+      tree_.emplace(points, rows.points, args.dims, point_order, parts, parallel);
+      if (self) query_order_ = std::move(point_order);
+    }
+    if (!has_tree || args.first) {
+      rows_.emplace(points, rows.points, args.dims, std::vector<int32_t>(), parts, parallel);
+    }
+    kernel_.points = rows.points;
+    kernel_.queries = queries;
+  }
+
+  cpu::NeighbourCloud kernel_view(T* distances, int64_t* indices) const {
+    cpu::NeighbourCloud view = kernel_;
+    view.order = query_order_.empty() ? nullptr : query_order_.data();
+    view.tree = tree_ ? &tree_->view : nullptr;
+    view.rows = rows_ ? &rows_->view : nullptr;
+    view.distances = distances;
+    view.indices = indices;
+    return view;
+  }
+
+ private:
+  static bool tree_pays(const cpu::NeighbourArgs& args, const CloudRows& rows) {
+    constexpr int64_t kLeastPoints = 256;
+    constexpr int64_t kLeastQueries = 128;  // else it costs more to build than it saves
+    return args.dims <= cpu::kMostTreeDims && rows.points >= kLeastPoints &&
+           rows.queries >= kLeastQueries;
+  }
+
+  std::vector<int32_t> query_order_;
+  std::optional<cpu::PointBlocks<T>> tree_, rows_;
+  cpu::NeighbourCloud kernel_{};
+};
+
+// Rows of no cloud have the padding: distance 0, index -1.
+template <class T>
+void pad_gaps(const std::vector<CloudRows>& clouds, int64_t rows, int64_t k, T* distances,
+              int64_t* indices) {
+  const auto pad = [&](int64_t begin, int64_t end) {
+    if (begin >= end) return;
+    std::fill(distances + begin * k, distances + end * k, T(0));
+    std::fill(indices + begin * k, indices + end * k, int64_t{-1});
+  };
+  int64_t next = 0;
+  for (const CloudRows& cloud : clouds) {
+    pad(next, cloud.begin1);
+    next = std::max(next, cloud.begin1 + cloud.queries);
+  }
+  pad(next, rows);
+}
+
+template <class T>
+void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds, const T* p1,
+            const T* p2, T* distances, int64_t* indices) {
+  constexpr int64_t kLargeCloud = 1 << 16;  // built by all threads together
+  std::vector<std::optional<SearchedCloud<T>>> searched(clouds.size());
+  int64_t pairs = 0, longest = 0;
+  for (size_t b = 0; b < clouds.size(); ++b) {
+    const CloudRows& rows = clouds[b];
+    longest = std::max(longest, rows.points);
+    // A tree spares all but so many.
+    constexpr int64_t kMetByTree = 1024;
+    pairs += rows.queries * std::min(rows.points, args.dims > cpu::kMostTreeDims ? rows.points : kMetByTree);
+    if (rows.points < kLargeCloud && rows.queries < kLargeCloud) continue;
+    searched[b].emplace(args, rows, p1 + rows.begin1 * args.dims, p2 + rows.begin2 * args.dims,
+                        torch::stable::get_num_threads(), kInParallel);
+  }
+  const int64_t threads = threads_for(pairs * args.dims);
+  // Clouds and queries differ in what they cost: each thread takes the next that waits.
+  const auto share_out = [&](int64_t count, const auto& body) {
+    std::atomic<int64_t> next{0};
+    kInParallel(std::min(threads, count), [&](int64_t thread) {
+      for (int64_t i = next++; i < count; i = next++) body(thread, i);
+    });
+  };
+  share_out(static_cast<int64_t>(clouds.size()), [&](int64_t, int64_t b) {
+    const CloudRows& rows = clouds[b];
+    if (searched[b] || rows.queries == 0) return;
+    searched[b].emplace(args, rows, p1 + rows.begin1 * args.dims, p2 + rows.begin2 * args.dims, 1,
+                        kInTurn);
+  });
+
+  constexpr int64_t kTaskQueries = 256;
+  std::vector<Task> tasks;
+  for (size_t b = 0; b < clouds.size(); ++b) {
+    for (int64_t begin = 0; begin < clouds[b].queries; begin += kTaskQueries) {
+      const int64_t end = std::min(begin + kTaskQueries, clouds[b].queries);
+      tasks.push_back({static_cast<int64_t>(b), begin, end});
+    }
+  }
+  int64_t workspace_bytes = 0;
+  FASTZOO_SELECT_KERNEL(neighbour_workspace)(args, longest, workspace_bytes);
+  std::vector<std::unique_ptr<char[]>> workspaces(threads);
+  const auto kernel = FASTZOO_SELECT_KERNEL(neighbour_search);
+  share_out(static_cast<int64_t>(tasks.size()), [&](int64_t thread, int64_t i) {
+    const Task& task = tasks[i];
+    if (workspaces[thread] == nullptr) workspaces[thread].reset(new char[workspace_bytes]);
+    const int64_t first = clouds[task.cloud].begin1 * args.k;
+    kernel(args, searched[task.cloud]->kernel_view(distances + first, indices + first), task.begin,
+           task.end, workspaces[thread].get());
+  });
+}
+
+std::tuple<Tensor, Tensor> neighbour_search(const Tensor& p1, const Tensor& p2,
+                                            const Tensor& ranges1, const Tensor& ranges2,
+                                            int64_t /*longest*/, int64_t k, double radius,
+                                            std::string order, int64_t norm) {
+  const char* const op = "neighbour_search";
+  STD_TORCH_CHECK(order == "nearest" || order == "first", op,
+                  ": order must be nearest or first, got ", order);
+  STD_TORCH_CHECK(k >= 1, op, ": k must be positive, got ", k);
+  const std::vector<CloudRows> clouds = clouds_of(op, p1, p2, ranges1, ranges2);
+  cpu::NeighbourArgs args{};
+  const ScalarType compute = compute_dtype(p1.scalar_type());
+  args.dtype = kernel_dtype(compute, op);
+  args.norm = norm_of(op, norm);
+  args.first = order == "first";
+  args.radius = radius;
+  args.dims = p1.size(1);
+  args.k = k;
+  const Tensor queries = in_compute_type(p1);
+  const Tensor points = in_compute_type(p2);
+  const Tensor distances = empty(p1, {p1.size(0), k}, compute);
+  const Tensor indices = empty(p1, {p1.size(0), k}, ScalarType::Long);
+  dispatch_float(compute, op, [&](auto element) {
+    using T = decltype(element);
+    T* const out = static_cast<T*>(distances.mutable_data_ptr());
+    int64_t* const out_indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+    pad_gaps(clouds, p1.size(0), k, out, out_indices);
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+      search(args, clouds, static_cast<const T*>(queries.const_data_ptr()),
+             static_cast<const T*>(points.const_data_ptr()), out, out_indices);
+    }
+  });
+  return {distances, indices};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastzoo, CPU, m) {
+  implement<neighbour_search>(m, "neighbour_search");
+  implement<neighbour_search>(m, "neighbour_search.cpu");
+}
+
+}  // namespace fastzoo
