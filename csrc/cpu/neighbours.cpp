@@ -62,8 +62,20 @@ Norm norm_of(const char* op, int64_t norm) {
 }
 
 Tensor in_compute_type(const Tensor& tensor) {
-  return torch::stable::contiguous(
-      torch::stable::to(tensor, compute_dtype(tensor.scalar_type())));
+  return torch::stable::contiguous(torch::stable::to(tensor, compute_dtype(tensor.scalar_type())));
+}
+
+// Whether both are the same elements in memory.
+bool same(const Tensor& a, const Tensor& b) {
+  return a.const_data_ptr() == b.const_data_ptr() && a.size(0) == b.size(0) && a.is_contiguous() &&
+         b.is_contiguous();
+}
+
+// Calls body(T{}) with the compute type.
+template <class Body>
+void with_type(cpu::Dtype dtype, const Body& body) {
+  if (dtype == cpu::Dtype::float64) return body(double{});
+  return body(float{});
 }
 
 // Queries of a cloud that are searched for one after another.
@@ -141,8 +153,9 @@ void pad_gaps(const std::vector<CloudRows>& clouds, int64_t rows, int64_t k, T* 
 }
 
 template <class T>
-void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds, const T* p1,
-            const T* p2, T* distances, int64_t* indices) {
+void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds, int64_t rows,
+            const T* p1, const T* p2, T* distances, int64_t* indices) {
+  pad_gaps(clouds, rows, args.k, distances, indices);
   constexpr int64_t kLargeCloud = 1 << 16;  // built by all threads together
   std::vector<std::optional<SearchedCloud<T>>> searched(clouds.size());
   int64_t pairs = 0, longest = 0;
@@ -151,7 +164,8 @@ void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds
     longest = std::max(longest, rows.points);
     // A tree spares all but so many.
     constexpr int64_t kMetByTree = 1024;
-    pairs += rows.queries * std::min(rows.points, args.dims > cpu::kMostTreeDims ? rows.points : kMetByTree);
+    pairs += rows.queries *
+             std::min(rows.points, args.dims > cpu::kMostTreeDims ? rows.points : kMetByTree);
     if (rows.points < kLargeCloud && rows.queries < kLargeCloud) continue;
     searched[b].emplace(args, rows, p1 + rows.begin1 * args.dims, p2 + rows.begin2 * args.dims,
                         torch::stable::get_num_threads(), kInParallel);
@@ -210,18 +224,15 @@ std::tuple<Tensor, Tensor> neighbour_search(const Tensor& p1, const Tensor& p2,
   args.dims = p1.size(1);
   args.k = k;
   const Tensor queries = in_compute_type(p1);
-  const Tensor points = in_compute_type(p2);
+  const Tensor points = same(p1, p2) ? queries : in_compute_type(p2);
   const Tensor distances = empty(p1, {p1.size(0), k}, compute);
   const Tensor indices = empty(p1, {p1.size(0), k}, ScalarType::Long);
-  dispatch_float(compute, op, [&](auto element) {
+  with_type(args.dtype, [&](auto element) {
     using T = decltype(element);
-    T* const out = static_cast<T*>(distances.mutable_data_ptr());
-    int64_t* const out_indices = static_cast<int64_t*>(indices.mutable_data_ptr());
-    pad_gaps(clouds, p1.size(0), k, out, out_indices);
-    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
-      search(args, clouds, static_cast<const T*>(queries.const_data_ptr()),
-             static_cast<const T*>(points.const_data_ptr()), out, out_indices);
-    }
+    search(args, clouds, p1.size(0), static_cast<const T*>(queries.const_data_ptr()),
+           static_cast<const T*>(points.const_data_ptr()),
+           static_cast<T*>(distances.mutable_data_ptr()),
+           static_cast<int64_t*>(indices.mutable_data_ptr()));
   });
   return {distances, indices};
 }

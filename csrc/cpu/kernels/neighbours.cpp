@@ -28,8 +28,7 @@ FASTZOO_INLINE int append(Mask<16> mask, Vec<float> values, const int32_t* numbe
                           float* out_values, int32_t* out_numbers) {
   const __mmask16 lanes = static_cast<__mmask16>(mask.bits);
   _mm512_storeu_ps(out_values, _mm512_maskz_compress_ps(lanes, values.v));
-  _mm512_storeu_si512(out_numbers,
-                      _mm512_maskz_compress_epi32(lanes, _mm512_loadu_si512(numbers)));
+  _mm512_storeu_si512(out_numbers, _mm512_maskz_compress_epi32(lanes, _mm512_loadu_si512(numbers)));
   return __builtin_popcount(mask.bits);
 }
 FASTZOO_INLINE int append(Mask<8> mask, Vec<double> values, const int32_t* numbers,
@@ -126,9 +125,9 @@ FASTZOO_INLINE Split<BitsType<T>> split_keys(const void* keys, int64_t count, in
   for (int step = 0; high - low > 1; ++step) {
     Key middle = low + (high - low) / 2;
     if (step < kGuesses) {
-      const Key guess = between(low, high,
-                                (static_cast<T>(k - below_low) + T(0.5)) /
-                                    static_cast<T>(below_high - below_low + 1));
+      const Key guess = between(
+          low, high,
+          (static_cast<T>(k - below_low) + T(0.5)) / static_cast<T>(below_high - below_low + 1));
       middle = guess <= low ? low + 1 : guess >= high ? high - 1 : guess;
     }
     const int64_t below = count_at_most<T>(keys, count, middle);
@@ -323,7 +322,8 @@ class Candidates {
     if (first >= count) return std::numeric_limits<int32_t>::max();
     int32_t high = 0;
     for (int64_t i = 0; i < count; ++i) high = rows[i] > high ? rows[i] : high;
-    for (int i = 0; i < Vec<float>::size; ++i) rows[count + i] = std::numeric_limits<int32_t>::max();
+    for (int i = 0; i < Vec<float>::size; ++i)
+      rows[count + i] = std::numeric_limits<int32_t>::max();
     const auto between = [](int32_t low, int32_t most, float fraction) {
       return low + static_cast<int32_t>(static_cast<float>(most - low) * fraction);
     };
