@@ -3,10 +3,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "entry.h"
@@ -78,10 +79,22 @@ void with_type(cpu::Dtype dtype, const Body& body) {
   return body(float{});
 }
 
-// Queries of a cloud that are searched for one after another.
+// Queries of a cloud that are dealt with one after another.
 struct Task {
   int64_t cloud, begin, end;
 };
+constexpr int64_t kTaskQueries = 256;
+
+std::vector<Task> tasks_of(const std::vector<CloudRows>& clouds) {
+  std::vector<Task> tasks;
+  for (size_t b = 0; b < clouds.size(); ++b) {
+    for (int64_t begin = 0; begin < clouds[b].queries; begin += kTaskQueries) {
+      const int64_t end = std::min(begin + kTaskQueries, clouds[b].queries);
+      tasks.push_back({static_cast<int64_t>(b), begin, end});
+    }
+  }
+  return tasks;
+}
 
 // What the search of one cloud reads.
 template <class T>
@@ -135,27 +148,39 @@ class SearchedCloud {
   cpu::NeighbourCloud kernel_{};
 };
 
-// Rows of no cloud have the padding: distance 0, index -1.
-template <class T>
-void pad_gaps(const std::vector<CloudRows>& clouds, int64_t rows, int64_t k, T* distances,
-              int64_t* indices) {
-  const auto pad = [&](int64_t begin, int64_t end) {
-    if (begin >= end) return;
-    std::fill(distances + begin * k, distances + end * k, T(0));
-    std::fill(indices + begin * k, indices + end * k, int64_t{-1});
-  };
+// Calls body(begin, end) with the rows that are in none of the ascending ranges.
+template <class RangeOf, class Body>
+void over_gaps(const std::vector<CloudRows>& clouds, int64_t rows, const RangeOf& range_of,
+               const Body& body) {
   int64_t next = 0;
   for (const CloudRows& cloud : clouds) {
-    pad(next, cloud.begin1);
-    next = std::max(next, cloud.begin1 + cloud.queries);
+    const auto [begin, count] = range_of(cloud);
+    if (next < begin) body(next, begin);
+    next = std::max(next, begin + count);
   }
-  pad(next, rows);
+  if (next < rows) body(next, rows);
+}
+
+const auto kQueries = [](const CloudRows& cloud) { return std::pair(cloud.begin1, cloud.queries); };
+const auto kPoints = [](const CloudRows& cloud) { return std::pair(cloud.begin2, cloud.points); };
+
+// Calls body(thread, i) for each i below `count`. They differ in what they cost: each thread takes
+// the next that waits.
+template <class Body>
+void share_out(int64_t threads, int64_t count, const Body& body) {
+  std::atomic<int64_t> next{0};
+  kInParallel(std::min(threads, count), [&](int64_t thread) {
+    for (int64_t i = next++; i < count; i = next++) body(thread, i);
+  });
 }
 
 template <class T>
 void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds, int64_t rows,
             const T* p1, const T* p2, T* distances, int64_t* indices) {
-  pad_gaps(clouds, rows, args.k, distances, indices);
+  over_gaps(clouds, rows, kQueries, [&](int64_t begin, int64_t end) {
+    std::fill(distances + begin * args.k, distances + end * args.k, T(0));
+    std::fill(indices + begin * args.k, indices + end * args.k, int64_t{-1});
+  });
   constexpr int64_t kLargeCloud = 1 << 16;  // built by all threads together
   std::vector<std::optional<SearchedCloud<T>>> searched(clouds.size());
   int64_t pairs = 0, longest = 0;
@@ -171,33 +196,19 @@ void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds
                         torch::stable::get_num_threads(), kInParallel);
   }
   const int64_t threads = threads_for(pairs * args.dims);
-  // Clouds and queries differ in what they cost: each thread takes the next that waits.
-  const auto share_out = [&](int64_t count, const auto& body) {
-    std::atomic<int64_t> next{0};
-    kInParallel(std::min(threads, count), [&](int64_t thread) {
-      for (int64_t i = next++; i < count; i = next++) body(thread, i);
-    });
-  };
-  share_out(static_cast<int64_t>(clouds.size()), [&](int64_t, int64_t b) {
+  share_out(threads, static_cast<int64_t>(clouds.size()), [&](int64_t, int64_t b) {
     const CloudRows& rows = clouds[b];
     if (searched[b] || rows.queries == 0) return;
     searched[b].emplace(args, rows, p1 + rows.begin1 * args.dims, p2 + rows.begin2 * args.dims, 1,
                         kInTurn);
   });
 
-  constexpr int64_t kTaskQueries = 256;
-  std::vector<Task> tasks;
-  for (size_t b = 0; b < clouds.size(); ++b) {
-    for (int64_t begin = 0; begin < clouds[b].queries; begin += kTaskQueries) {
-      const int64_t end = std::min(begin + kTaskQueries, clouds[b].queries);
-      tasks.push_back({static_cast<int64_t>(b), begin, end});
-    }
-  }
+  const std::vector<Task> tasks = tasks_of(clouds);
   int64_t workspace_bytes = 0;
   FASTZOO_SELECT_KERNEL(neighbour_workspace)(args, longest, workspace_bytes);
   std::vector<std::unique_ptr<char[]>> workspaces(threads);
   const auto kernel = FASTZOO_SELECT_KERNEL(neighbour_search);
-  share_out(static_cast<int64_t>(tasks.size()), [&](int64_t thread, int64_t i) {
+  share_out(threads, static_cast<int64_t>(tasks.size()), [&](int64_t thread, int64_t i) {
     const Task& task = tasks[i];
     if (workspaces[thread] == nullptr) workspaces[thread].reset(new char[workspace_bytes]);
     const int64_t first = clouds[task.cloud].begin1 * args.k;
@@ -237,11 +248,105 @@ std::tuple<Tensor, Tensor> neighbour_search(const Tensor& p1, const Tensor& p2,
   return {distances, indices};
 }
 
+// The points, in ranges whose gradients are each summed by one thread: it looks at every pair of
+// the cloud, so that they are no more than there are threads, unless the sums want too much room.
+std::vector<Task> point_tasks_of(const std::vector<CloudRows>& clouds, int64_t dims,
+                                 int64_t threads) {
+  constexpr int64_t kMostSums = 1 << 22;
+  int64_t all_queries = 0;
+  for (const CloudRows& cloud : clouds) all_queries += cloud.queries;
+  std::vector<Task> tasks;
+  for (size_t b = 0; b < clouds.size(); ++b) {
+    const CloudRows& cloud = clouds[b];
+    const int64_t by_work = threads * cloud.queries / std::max(all_queries, int64_t{1});
+    const int64_t by_room = cloud.points * dims / kMostSums;
+    const int64_t count = 1 + std::max(by_work - 1, by_room);
+    for (int64_t i = 0; i < count; ++i) {
+      tasks.push_back(
+          {static_cast<int64_t>(b), cloud.points * i / count, cloud.points * (i + 1) / count});
+    }
+  }
+  return tasks;
+}
+
+template <class T>
+void sum_gradients(const cpu::NeighbourBackwardArgs& args, const std::vector<CloudRows>& clouds,
+                   const T* grad, const T* p1, const T* p2, const int64_t* indices, T* grad_p1,
+                   T* grad_p2) {
+  const auto kernel_view = [&](const CloudRows& cloud) {
+    const int64_t first1 = cloud.begin1 * args.dims, first2 = cloud.begin2 * args.dims;
+    return cpu::NeighbourBackwardCloud{cloud.queries,
+                                       cloud.points,
+                                       p1 + first1,
+                                       p2 + first2,
+                                       grad + cloud.begin1 * args.k,
+                                       indices + cloud.begin1 * args.k,
+                                       grad_p1 + first1,
+                                       grad_p2 + first2};
+  };
+  const std::vector<Task> tasks = tasks_of(clouds);
+  const int64_t pairs = static_cast<int64_t>(tasks.size()) * kTaskQueries * args.k;
+  const int64_t threads = threads_for(pairs * args.dims);
+  const auto kernel_p1 = FASTZOO_SELECT_KERNEL(neighbour_backward_p1);
+  share_out(threads, static_cast<int64_t>(tasks.size()), [&](int64_t, int64_t i) {
+    std::vector<double> sums(args.dims);
+    kernel_p1(args, kernel_view(clouds[tasks[i].cloud]), tasks[i].begin, tasks[i].end, sums.data());
+  });
+  const std::vector<Task> point_tasks = point_tasks_of(clouds, args.dims, threads);
+  const auto kernel_p2 = FASTZOO_SELECT_KERNEL(neighbour_backward_p2);
+  share_out(threads, static_cast<int64_t>(point_tasks.size()), [&](int64_t, int64_t i) {
+    const Task& task = point_tasks[i];
+    const std::unique_ptr<double[]> sums(new double[(task.end - task.begin) * args.dims]);
+    std::vector<int32_t> pairs_of_query(args.k);
+    kernel_p2(args, kernel_view(clouds[task.cloud]), task.begin, task.end, sums.get(),
+              pairs_of_query.data());
+  });
+}
+
+std::tuple<Tensor, Tensor> neighbour_search_backward(const Tensor& grad_dists, const Tensor& p1,
+                                                     const Tensor& p2, const Tensor& ranges1,
+                                                     const Tensor& ranges2, int64_t /*longest*/,
+                                                     const Tensor& indices, int64_t norm) {
+  const char* const op = "neighbour_search_backward";
+  const std::vector<CloudRows> clouds = clouds_of(op, p1, p2, ranges1, ranges2);
+  const ScalarType compute = compute_dtype(p1.scalar_type());
+  cpu::NeighbourBackwardArgs args{};
+  args.dtype = kernel_dtype(compute, op);
+  args.norm = norm_of(op, norm);
+  args.dims = p1.size(1);
+  args.k = indices.size(1);
+  const Tensor queries = in_compute_type(p1);
+  const Tensor points = in_compute_type(p2);
+  const Tensor grad = in_compute_type(grad_dists);
+  const Tensor chosen = torch::stable::contiguous(indices);
+  const Tensor grad_p1 = empty(p1, {p1.size(0), args.dims}, compute);
+  const Tensor grad_p2 = empty(p2, {p2.size(0), args.dims}, compute);
+  with_type(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    T* const out1 = static_cast<T*>(grad_p1.mutable_data_ptr());
+    T* const out2 = static_cast<T*>(grad_p2.mutable_data_ptr());
+    over_gaps(clouds, p1.size(0), kQueries, [&](int64_t begin, int64_t end) {
+      std::fill(out1 + begin * args.dims, out1 + end * args.dims, T(0));
+    });
+    over_gaps(clouds, p2.size(0), kPoints, [&](int64_t begin, int64_t end) {
+      std::fill(out2 + begin * args.dims, out2 + end * args.dims, T(0));
+    });
+    sum_gradients(args, clouds, static_cast<const T*>(grad.const_data_ptr()),
+                  static_cast<const T*>(queries.const_data_ptr()),
+                  static_cast<const T*>(points.const_data_ptr()),
+                  static_cast<const int64_t*>(chosen.const_data_ptr()), out1, out2);
+  });
+  return {torch::stable::to(grad_p1, p1.scalar_type()),
+          torch::stable::to(grad_p2, p2.scalar_type())};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastzoo, CPU, m) {
   implement<neighbour_search>(m, "neighbour_search");
   implement<neighbour_search>(m, "neighbour_search.cpu");
+  implement<neighbour_search_backward>(m, "neighbour_search_backward");
+  implement<neighbour_search_backward>(m, "neighbour_search_backward.cpu");
 }
 
 }  // namespace fastzoo
