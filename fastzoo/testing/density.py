@@ -41,7 +41,7 @@ def samples(dtype: torch.dtype) -> Iterator[Sample]:
     yield sample("narrow", points, 0.01, kernel="gaussian")
     yield sample("wide", points, 30.0)
     yield sample("by-cloud", points, torch.tensor([0.2, 0.7]))
-    yield sample("one-number", points, torch.tensor(0.25))
+    yield sample("one-number", points, torch.tensor([0.25]))
     yield sample("lengths", points, 0.3, lengths=torch.tensor([70, 11]))
     yield sample("no-points", points[:, :0], 0.3)
     yield sample("no-clouds", points[:0], 0.3)

@@ -287,7 +287,7 @@ def _pointconv_flops(
     xyz: Tensor, features: Tensor, centres: Tensor, neighbours: Tensor, *rest: Tensor
 ) -> float:
     aggregated = neighbours.numel() * features.shape[-1] * WIDTHS[-1]
-    return 2.0 * (aggregated + neighbours[..., 0].numel() * rest[2].numel())
+    return float(2 * (aggregated + neighbours[..., 0].numel() * rest[2].numel()))
 
 
 def _pointconv_case(
