@@ -166,11 +166,9 @@ FASTZOO_INLINE void sort_few(uint64_t* keys, int64_t count, uint64_t* sorted) {
 
 // ---- The candidates of one query ---------------------------------------------------------------
 
-// The number of candidates at which the list is cut to k of them: so many that each costs little.
-FASTZOO_INLINE int64_t full_at(int64_t k) { return 2 * k + 64; }
-
-// What the list may hold, and places behind that which may be written.
-FASTZOO_INLINE int64_t room_for(int64_t k) { return full_at(k) + kBlockPoints + kSortStep; }
+// The number of candidates at which the list is cut to k of them: so many that a cut costs little
+// for each. A cut of the first spares nothing that follows: they are cut more seldom.
+FASTZOO_INLINE int64_t full_at(bool first, int64_t k) { return first ? 8 * k + 256 : 2 * k + 64; }
 
 template <class T>
 class Candidates {
@@ -179,13 +177,14 @@ class Candidates {
   using Key = typename RankOf<T>::type;
 
   Candidates() = default;
-  Candidates(Arena& arena, bool first, int64_t k)
-      : first_(first),
-        k_(k),
-        distances_(arena.take<T>(room_for(k))),
-        rows_(arena.take<int32_t>(room_for(k))),
-        keys_(arena.take<Key>(room_for(k))),
-        sorted_(arena.take<Key>(room_for(k))) {}
+  Candidates(Arena& arena, bool first, int64_t k) : first_(first), k_(k), full_(full_at(first, k)) {
+    // A block is added whole, vectors are written whole and keys are sorted in steps.
+    const int64_t room = full_ + kBlockPoints + kSortStep;
+    distances_ = arena.take<T>(room);
+    rows_ = arena.take<int32_t>(room);
+    keys_ = arena.take<Key>(room);
+    sorted_ = arena.take<Key>(room);
+  }
 
   void start(T limit) {
     count_ = 0;
@@ -205,7 +204,7 @@ class Candidates {
   }
 
   // To be asked after each block.
-  bool is_full() const { return count_ > full_at(k_); }
+  bool is_full() const { return count_ > full_; }
 
   // Keeps the k best.
   void cut() {
@@ -332,6 +331,7 @@ class Candidates {
 
   bool first_ = false;
   int64_t k_ = 0;
+  int64_t full_ = 0;
   T* distances_ = nullptr;
   int32_t* rows_ = nullptr;
   Key* keys_ = nullptr;
@@ -458,7 +458,12 @@ class TreeSearch {
         rows_(static_cast<const PointBlocksView<T>*>(cloud.rows)),
         k_(least(args.k, tree_.points)),
         first_limit_(cpu::FASTZOO_CPU_ISA::first_limit<T>(args)),
-        candidates_(arena, args.first, k_) {}
+        candidates_(arena, args.first, k_) {
+    for (auto& previous : previous_) {
+      for (V& lanes : previous) lanes = V(T(0));
+    }
+    for (V& lanes : reach_) lanes = V(static_cast<T>(__builtin_inf()));
+  }
 
   void search(const T* query, Results<T> results) {
     for (int64_t d = 0; d < dims(); ++d) query_[d] = V(query[d]);
@@ -466,13 +471,12 @@ class TreeSearch {
       scan();
     } else {
       candidates_.start(args_.first ? first_limit_
-                                    : math::minimum(first_limit_, bound_by_previous(query)));
+                                    : math::minimum(first_limit_, bound_by_previous()));
       visit(tree_.levels - 1, 0);
       within_ = candidates_.met();
     }
     const T last = results.write(candidates_, args_.k);
-    previous_ = query;
-    previous_limit_ = candidates_.count() == k_ ? last : static_cast<T>(__builtin_inf());
+    remember(candidates_.count() == k_ ? side(last) : static_cast<T>(__builtin_inf()));
   }
 
  private:
@@ -537,23 +541,44 @@ class TreeSearch {
     }
   }
 
-  // Where the k nearest of the previous query lie at most, seen from this one. Both distances are
-  // rounded, relatively by less than 2^-18 and absolutely, where they underflow, by less than the
-  // smallest normal number.
-  T bound_by_previous(const T* query) const {
-    if (previous_ == nullptr) return static_cast<T>(__builtin_inf());
-    T apart = 0;
-    for (int64_t d = 0; d < dims(); ++d) {
-      const T term = math::distance_term<kNorm>(query[d], previous_[d]);
-      apart = d == 0 ? term : apart + term;
+  // Where the k nearest lie at most, by those of the queries before: no farther than from the other
+  // query and from there to this one. Both distances are rounded, relatively by less than 2^-18
+  // and absolutely, where they underflow, by less than the smallest normal number.
+  T bound_by_previous() const {
+    V least(static_cast<T>(__builtin_inf()));
+    for (int v = 0; v < kVectors<T>; ++v) {
+      V apart;
+      for (int64_t d = 0; d < dims(); ++d) {
+        const V term = math::distance_term<kNorm>(query_[d], previous_[d][v]);
+        apart = d == 0 ? term : apart + term;
+      }
+      least = minimum(least, side(apart) + reach_[v]);
     }
-    constexpr T kSmallest = std::numeric_limits<T>::min();
-    constexpr T kMore = T(1) + T(0x1p-16);
+    const T sum = lane_minimum(least);
+    return (kNorm == Norm::one ? sum : sum * sum) * (T(1) + T(0x1p-16));
+  }
+
+  // Of a distance at most, as a length that can be added to others.
+  template <class W>
+  __attribute__((always_inline)) static W side(W distance) {
+    const W above = distance + W(std::numeric_limits<T>::min());
     if constexpr (kNorm == Norm::one) {
-      return (apart + kSmallest + (previous_limit_ + kSmallest)) * kMore;
+      return above;
+    } else {
+      return square_root(above);
     }
-    const T sum = square_root(apart + kSmallest) + square_root(previous_limit_ + kSmallest);
-    return sum * sum * kMore;
+  }
+
+  // Whole vectors are stored: a load of one that was stored in pieces would have to wait.
+  void remember(T reach) {
+    const uint32_t place = 1u << searched_++ % kBlockPoints;
+    for (int v = 0; v < kVectors<T>; ++v) {
+      const typename V::MaskType lane{place >> v * V::size & V::MaskType::kAll};
+      for (int64_t d = 0; d < dims(); ++d) {
+        previous_[d][v] = select(lane, query_[d], previous_[d][v]);
+      }
+      reach_[v] = select(lane, V(reach), reach_[v]);
+    }
   }
 
   // Whether a ball is so full that its first k points are sooner found in the order of the rows.
@@ -582,8 +607,10 @@ class TreeSearch {
   T first_limit_;
   Candidates<T> candidates_;
   V query_[kDims > 0 ? kDims : kMostTreeDims];
-  const T* previous_ = nullptr;
-  T previous_limit_ = 0;
+  // The queries before this one, and how far off the last of their nearest lies.
+  V previous_[kDims > 0 ? kDims : kMostTreeDims][kVectors<T>];
+  V reach_[kVectors<T>];
+  int64_t searched_ = 0;
   int64_t within_ = 0;  // of the previous ball, about
 };
 
