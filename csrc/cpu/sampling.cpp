@@ -15,12 +15,11 @@ using cpu::kBlockPoints;
 using cpu::kFanOut;
 using cpu::PointBlocks;
 
-// Boxes pay where a point comes near few of them, often.
+// Whether boxes save more than the sorting takes: as long as some 250 passes over all points, where
+// a step with boxes takes as long as a pass over 2500.
 bool worth_boxes(int64_t points, int64_t dims, int64_t count) {
   constexpr int64_t kMostDims = 8;
-  constexpr int64_t kPoints = 1024;
-  constexpr int64_t kCount = 256;
-  return dims <= kMostDims && points >= kPoints && count >= kCount;
+  return dims <= kMostDims && count * (points - 2500) > 250 * points;
 }
 
 // Of one cloud [n, dims], `count` rows from `start` on.
@@ -75,8 +74,8 @@ void choose_farthest_of_all(const Tensor& points, const std::vector<Cloud>& clou
       const int64_t count = std::min({counts[b], n, k});
       if (count <= 0) continue;
       choose_farthest(rows + clouds[b].begin * dims, n, dims,
-                      std::clamp<int64_t>(starts[b], 0, n - 1), count, size == 1 ? threads : 1,
-                      out + b * k);
+                      std::clamp<int64_t>(starts[b], 0, n - 1), count,
+                      size == 1 ? threads_for_points(n) : 1, out + b * k);
     }
   });
 }

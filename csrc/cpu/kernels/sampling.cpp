@@ -88,9 +88,8 @@ struct Farthest {
     return greatest;
   }
 
-  // The lanes of 16 values that have the greatest of them, which all lanes of `greatest` become.
-  __attribute__((always_inline)) static uint32_t find_greatest(const T* values, V& greatest) {
-    greatest = spread_maximum(greatest);
+  // The lanes of 16 values that are not less.
+  __attribute__((always_inline)) static uint32_t lanes_of(const T* values, V greatest) {
     uint32_t bits = 0;
 #pragma GCC unroll 8
     for (int lane = 0; lane < kLanes; lane += V::size) {
@@ -103,8 +102,9 @@ struct Farthest {
   int32_t lower_all(const Latest& point) {
     V greatest(T(-1));
     for (int64_t b = 0; b < blocks.blocks; ++b) greatest = maximum(greatest, lower_block(point, b));
+    greatest = spread_maximum(greatest);
     for (int64_t b = 0;; ++b) {
-      const uint32_t bits = find_greatest(args.least + b * kLanes, greatest);
+      const uint32_t bits = lanes_of(args.least + b * kLanes, greatest);
       if (bits != 0) return static_cast<int32_t>(b * kLanes + __builtin_ctz(bits));
     }
   }
@@ -131,9 +131,9 @@ struct Farthest {
     for (; near != 0; near &= near - 1) {
       const int64_t box = group * kLanes + __builtin_ctz(near);
       if (level == 0) {
-        V greatest = lower_block(point, box);
+        const V greatest = spread_maximum(lower_block(point, box));
         const int64_t first = box * kLanes;
-        uint32_t bits = find_greatest(args.least + first, greatest);
+        uint32_t bits = lanes_of(args.least + first, greatest);
         int32_t best = static_cast<int32_t>(first + __builtin_ctz(bits));
         while ((bits &= bits - 1) != 0) {
           best = lower_row(best, static_cast<int32_t>(first + __builtin_ctz(bits)));
@@ -156,7 +156,7 @@ struct Farthest {
     for (int lane = 0; lane < kLanes; lane += V::size) {
       greatest = maximum(greatest, V::load(values + lane));
     }
-    uint32_t bits = find_greatest(values, greatest);
+    uint32_t bits = lanes_of(values, spread_maximum(greatest));
     int32_t best = places[__builtin_ctz(bits)];
     while ((bits &= bits - 1) != 0) best = lower_row(best, places[__builtin_ctz(bits)]);
     return best;
