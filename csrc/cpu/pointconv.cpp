@@ -2,7 +2,6 @@
 #include "kernels/pointconv.h"
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -10,18 +9,6 @@
 
 namespace fastzoo {
 namespace {
-
-Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  const Tensor tensor = empty(like, sizes, dtype);
-  std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * element_size(dtype));
-  return tensor;
-}
-
-Tensor zeros_like(const Tensor& tensor) {
-  const Tensor zero = torch::stable::empty_like(tensor);
-  std::memset(zero.mutable_data_ptr(), 0, zero.numel() * element_size(zero.scalar_type()));
-  return zero;
-}
 
 // The sums of each unit, one unit after the other, whoever found them.
 struct UnitSums {
