@@ -464,13 +464,15 @@ struct PointPairs : Pairs<C> {
   }
 };
 
-// Pairs of no point come last.
+// That of pairs of no point, which come last.
+constexpr int32_t kNoRow = std::numeric_limits<int32_t>::max();
+
 template <class C>
 __global__ void __launch_bounds__(kThreads) neighbour_rows(Pairs<C> pairs, int32_t* rows) {
   const int64_t pair = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (pair >= pairs.from.rows * pairs.k) return;
   const int64_t row = pairs.point(pair);
-  rows[pair] = row < 0 ? std::numeric_limits<int32_t>::max() : static_cast<int32_t>(row);
+  rows[pair] = row < 0 ? kNoRow : static_cast<int32_t>(row);
 }
 
 // A warp has a row; `width` neighbouring lanes have its dimensions, and so many apart its pairs.

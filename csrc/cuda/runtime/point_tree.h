@@ -22,6 +22,9 @@ constexpr int kTreeDims = 8;
 constexpr int kFewDims = 3;
 constexpr int kBoundsRows = 16 * kTreeThreads;  // of one block
 
+template <class C>
+constexpr C kInfinity = std::numeric_limits<C>::infinity();
+
 // Points of fewer than kFewDims dimensions get zeros for those they lack, which add nothing to a
 // distance.
 template <class C>
@@ -82,7 +85,7 @@ __global__ void __launch_bounds__(kTreeThreads)
     uint64_t largest[2] = {0, 0};
     for (int64_t i = first + threadIdx.x; i < last; i += kTreeThreads) {
       const double value = rows[i * dims + d];
-      if (!(math::absolute(value) <= std::numeric_limits<double>::max())) continue;
+      if (!(math::absolute(value) < kInfinity<double>)) continue;
       for (int side = 0; side < 2; ++side) {
         const uint64_t bits = rising_bits(side == 0 ? -value : value);
         if (bits > largest[side]) largest[side] = bits;
@@ -146,7 +149,6 @@ FASTZOO_DEVICE void put_box(const PointTree<C>& tree, int64_t cloud, int64_t gro
 template <class C>
 __global__ void __launch_bounds__(kTreeThreads)
     tree_points(PointTree<C> tree, const C* points, int64_t dims, const int64_t* order) {
-  constexpr C kInfinity = std::numeric_limits<C>::infinity();
   const int lane = threadIdx.x % kWarpSize;
   const int64_t group = int64_t{blockIdx.x} * kTreeWarps + threadIdx.x / kWarpSize;
   const int64_t cloud = tree.cloud_of_group(group, 0);
@@ -161,14 +163,13 @@ __global__ void __launch_bounds__(kTreeThreads)
   for (int d = 0; d < tree.dims; ++d) {
     const C value = exists && d < dims ? points[row * dims + d] : C{0};
     tree.coordinate(group, d)[lane] = value;
-    put_box(tree, cloud, group, 0, d, math::minimum(kInfinity, exists ? value : kInfinity),
-            math::maximum(-kInfinity, exists ? value : -kInfinity));
+    put_box(tree, cloud, group, 0, d, math::minimum(kInfinity<C>, exists ? value : kInfinity<C>),
+            math::maximum(-kInfinity<C>, exists ? value : -kInfinity<C>));
   }
 }
 
 template <class C>
 __global__ void __launch_bounds__(kTreeThreads) tree_boxes(PointTree<C> tree, int level) {
-  constexpr C kInfinity = std::numeric_limits<C>::infinity();
   const int lane = threadIdx.x % kWarpSize;
   const int64_t group = int64_t{blockIdx.x} * kTreeWarps + threadIdx.x / kWarpSize;
   const int64_t cloud = tree.cloud_of_group(group, level);
@@ -179,8 +180,8 @@ __global__ void __launch_bounds__(kTreeThreads) tree_boxes(PointTree<C> tree, in
   const bool exists = first + lane < members;
   for (int d = 0; d < tree.dims; ++d) {
     const C* bounds = tree.bounds(group, level, d) + lane;
-    put_box(tree, cloud, group, level, d, exists ? bounds[0] : kInfinity,
-            exists ? bounds[kWarpSize] : -kInfinity);
+    put_box(tree, cloud, group, level, d, exists ? bounds[0] : kInfinity<C>,
+            exists ? bounds[kWarpSize] : -kInfinity<C>);
   }
 }
 
