@@ -21,9 +21,8 @@ namespace {
 using math::Norm;
 
 constexpr int kThreads = 256;
-constexpr int kEach = 4;  // points of a tile that a lane has
-constexpr int kTile = kEach * kWarpSize;
-constexpr int kPitch = kTile + 1;  // neighbouring dimensions of a point lie in different banks
+constexpr int kEach = 4;  // points that a lane has at a time
+constexpr int kPart = kEach * kWarpSize;
 constexpr int64_t kMostNeighbours = 1024;
 
 // Clouds of more points are searched by a tree, which takes a sort to build.
@@ -88,16 +87,15 @@ struct Search {
   }
 };
 
-template <Norm norm, class C, int kQueries, class Tile, class Wanted>
-FASTZOO_DEVICE void add_terms(C (&sums)[kQueries][kEach], Tile& tile, const Wanted& wanted,
-                              int dims) {
+// Of kPart points, a dimension of theirs kPitch after the one before.
+template <Norm norm, int kPitch, class C, int kQueries, class Tile, class Wanted>
+FASTZOO_DEVICE void add_terms(C (&sums)[kQueries][kEach], Tile& tile, int first, int dims,
+                              const Wanted& wanted) {
 #pragma unroll 4
   for (int d = 0; d < dims; ++d) {
     C point[kEach];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      point[i] = tile[d * kPitch + static_cast<int>(threadIdx.x % kWarpSize) + i * kWarpSize];
-    }
+    for (int i = 0; i < kEach; ++i) point[i] = tile[d * kPitch + first + i * kWarpSize];
 #pragma unroll
     for (int q = 0; q < kQueries; ++q) {
       const C coordinate = wanted(q, d);
@@ -109,17 +107,20 @@ FASTZOO_DEVICE void add_terms(C (&sums)[kQueries][kEach], Tile& tile, const Want
   }
 }
 
-// A warp has kQueries consecutive queries. A block goes over the clouds that its queries are of,
-// and a piece of kChunk dimensions at a time.
+// A warp has kQueries consecutive queries, and a block goes over the clouds that its queries are
+// of. Few dimensions are in shared memory at once, many a chunk at a time.
 template <class C, int kDims, class List>
-__global__ void __launch_bounds__(List::kWarps* kWarpSize) search_tiles(Search<C> search) {
+__global__ void __launch_bounds__(List::kWarps* kWarpSize, 1) search_tiles(Search<C> search) {
   using Key = DistanceKey<C>;
   constexpr int kWarps = List::kWarps;
   constexpr int kBlock = kWarps * kWarpSize;
   constexpr int kQueries = List::kQueries;
-  constexpr int kChunk = kDims > 0 ? kDims : 64 / static_cast<int>(sizeof(C));
+  constexpr bool kWhole = kDims > 0;
+  constexpr int kChunk = kWhole ? kDims : 64 / static_cast<int>(sizeof(C));
+  constexpr int kTile = kWhole ? 4 * kPart : kPart;
+  constexpr int kPitch = kTile + 1;  // neighbouring dimensions of a point lie in different banks
   __shared__ SharedArray<C, kChunk * kPitch> tile;
-  __shared__ SharedArray<C, kWarps * kQueries * kChunk> wanted;
+  __shared__ SharedArray<C, kWhole ? 1 : kWarps * kQueries * kChunk> wanted;
   __shared__ SharedArray<Key, kWarps * kQueries * List::kKeys> memory;
   __shared__ SharedArray<int, kWarps> active;
 
@@ -130,9 +131,16 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize) search_tiles(Search<C
 
   List lists[kQueries];
   int64_t origins[kQueries] = {};
+  C own[kQueries][kWhole ? kDims : 1] = {};
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
     lists[q].start(search.k, search.limit(), (warp * kQueries + q) * List::kKeys);
+#pragma unroll
+    for (int d = 0; d < kDims; ++d) {
+      if (d < search.dims && row + q < search.from.rows) {
+        own[q][d] = search.queries[(row + q) * search.dims + d];
+      }
+    }
   }
 
   int64_t cloud = search.from.last_from(first_row);
@@ -150,58 +158,78 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize) search_tiles(Search<C
       busy |= mine[q];
     }
 
-    for (int64_t begin = 0; begin < size; begin += kTile) {
-      C sums[kQueries][kEach] = {};
-      for (int d = 0; d < search.dims; d += kChunk) {
-        sync_block();
-        for (int e = thread; e < kChunk * kTile; e += kBlock) {
-          // The dimensions of a point are read by neighbouring threads, where they are many.
-          const int i = kDims > 0 ? e % kTile : e / kChunk;
-          const int c = kDims > 0 ? e / kTile : e % kChunk;
-          const bool exists = begin + i < size && d + c < search.dims;
-          tile[c * kPitch + i] =
-              exists ? search.points[(origin + begin + i) * search.dims + d + c] : C{0};
-        }
-        for (int e = thread; e < kWarps * kQueries * kChunk; e += kBlock) {
-          const int64_t query = first_row + e / kChunk;
-          const bool exists = query < search.from.rows && d + e % kChunk < search.dims;
-          wanted[e] = exists ? search.queries[query * search.dims + d + e % kChunk] : C{0};
-        }
-        sync_block();
-        if (!busy) continue;
-        const auto coordinate = [&](int q, int c) {
-          return wanted[(warp * kQueries + q) * kChunk + c];
-        };
-        if constexpr (kDims > 0) {
-          add_terms<Norm::two>(sums, tile, coordinate, kDims);
-        } else if (search.norm == Norm::two) {
-          add_terms<Norm::two>(sums, tile, coordinate, kChunk);
-        } else {
-          add_terms<Norm::one>(sums, tile, coordinate, kChunk);
-        }
-      }
-
+    // kPart points, the first of which is `begin`, whose distances are known.
+    const auto offer = [&](int64_t begin, const C(&sums)[kQueries][kEach]) {
+      const auto index = [&](int i) { return begin + lane + i * kWarpSize; };
       busy = false;
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
         if (!mine[q]) continue;
-        const auto index = [&](int i) { return begin + lane + i * kWarpSize; };
         bool some = false;
 #pragma unroll
         for (int i = 0; i < kEach; ++i) {
-          some |= math::distance_bits(sums[q][i]) <= search.farthest(lists[q].limit) &&
-                  index(i) < size;
+          some |=
+              index(i) < size && math::distance_bits(sums[q][i]) <= search.farthest(lists[q].limit);
         }
         if (any(some)) {
 #pragma unroll
           for (int i = 0; i < kEach; ++i) {
             const Key key = search.key(sums[q][i], static_cast<uint32_t>(index(i)));
-            lists[q].add(memory,
-                         index(i) < size && search.wants(sums[q][i], key, lists[q].limit), key,
-                         lists[q].room());
+            lists[q].add(memory, index(i) < size && search.wants(sums[q][i], key, lists[q].limit),
+                         key, lists[q].room());
           }
         }
         busy |= !search.first || !lists[q].full;
+      }
+    };
+
+    for (int64_t begin = 0; begin < size; begin += kTile) {
+      const int points = static_cast<int>(size - begin < kTile ? size - begin : kTile);
+      const int padded = (points + kPart - 1) / kPart * kPart;
+      if constexpr (kWhole) {
+        sync_block();
+        for (int i = thread; i < padded; i += kBlock) {
+#pragma unroll
+          for (int d = 0; d < kDims; ++d) {
+            tile[d * kPitch + i] = i < points && d < search.dims
+                                       ? search.points[(origin + begin + i) * search.dims + d]
+                                       : C{0};
+          }
+        }
+        sync_block();
+        for (int part = 0; busy && part < padded; part += kPart) {
+          C sums[kQueries][kEach] = {};
+          add_terms<Norm::two, kPitch>(sums, tile, part + lane, kDims,
+                                       [&](int q, int d) { return own[q][d]; });
+          offer(begin + part, sums);
+        }
+      } else {
+        C sums[kQueries][kEach] = {};
+        for (int d = 0; d < search.dims; d += kChunk) {
+          sync_block();
+          for (int e = thread; e < kChunk * kTile; e += kBlock) {
+            const int i = e / kChunk, c = e % kChunk;
+            tile[c * kPitch + i] = i < points && d + c < search.dims
+                                       ? search.points[(origin + begin + i) * search.dims + d + c]
+                                       : C{0};
+          }
+          for (int e = thread; e < kWarps * kQueries * kChunk; e += kBlock) {
+            const int64_t query = first_row + e / kChunk, c = e % kChunk;
+            const bool exists = query < search.from.rows && d + c < search.dims;
+            wanted[e] = exists ? search.queries[query * search.dims + d + c] : C{0};
+          }
+          sync_block();
+          if (!busy) continue;
+          const auto coordinate = [&](int q, int c) {
+            return wanted[(warp * kQueries + q) * kChunk + c];
+          };
+          if (search.norm == Norm::two) {
+            add_terms<Norm::two, kPitch>(sums, tile, lane, kChunk, coordinate);
+          } else {
+            add_terms<Norm::one, kPitch>(sums, tile, lane, kChunk, coordinate);
+          }
+        }
+        if (busy) offer(begin, sums);
       }
       if (search.first) {
         // Later points have higher indices.
@@ -290,7 +318,7 @@ struct Walk {
 
 // `order` is that in which warps take queries, or null for that of their rows.
 template <class C, int kDims, class List>
-__global__ void __launch_bounds__(List::kWarps* kWarpSize)
+__global__ void __launch_bounds__(List::kWarps* kWarpSize, 1)
     search_tree(Search<C> search, PointTree<C> tree, const int64_t* order) {
   using Memory = SharedArray<DistanceKey<C>, List::kWarps * List::kKeys>;
   __shared__ Memory memory;
@@ -351,8 +379,7 @@ template <class C>
 DistanceKey<C> radius_key(Norm norm, double radius) {
   if (radius == std::numeric_limits<double>::infinity()) return no_key<C>();
   const C limit = math::radius_limit<C>(norm, radius);
-  return limit > 0 ? make_key(math::distance_bits(limit), 0u)
-                   : make_key(DistanceBits<C>{0}, 0u);
+  return limit > 0 ? make_key(math::distance_bits(limit), 0u) : make_key(DistanceBits<C>{0}, 0u);
 }
 
 std::tuple<Tensor, Tensor> neighbour_search(const Tensor& p1, const Tensor& p2,
@@ -362,8 +389,8 @@ std::tuple<Tensor, Tensor> neighbour_search(const Tensor& p1, const Tensor& p2,
   using torch::stable::contiguous;
   STD_TORCH_CHECK(order == "nearest" || order == "first",
                   "fastzoo: neighbour_search: order nearest or first expected, got ", order);
-  STD_TORCH_CHECK(k <= kMostNeighbours, "fastzoo: neighbour_search: k of at most ",
-                  kMostNeighbours, " expected on a GPU, got ", k);
+  STD_TORCH_CHECK(k <= kMostNeighbours, "fastzoo: neighbour_search: k of at most ", kMostNeighbours,
+                  " expected on a GPU, got ", k);
   STD_TORCH_CHECK(p2.size(0) <= std::numeric_limits<int32_t>::max(),
                   "fastzoo: neighbour_search: fewer than 2^31 points expected, got ", p2.size(0));
   const Norm form = norm_of(norm);
@@ -406,7 +433,8 @@ std::tuple<Tensor, Tensor> neighbour_search(const Tensor& p1, const Tensor& p2,
   return {dists, indices};
 }
 
-// ---- gradients -----------------------------------------------------------------------------------
+// ---- gradients
+// -----------------------------------------------------------------------------------
 
 // Pairs [queries, k] of a query and the point of its cloud that an index names.
 template <class C>

@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(kThreads) farthest_in_registers(Farthest<C> ta
     C latest[kFewDims];
 #pragma unroll
     for (int d = 0; d < kFewDims; ++d) latest[d] = coordinate(chosen, d);
+    const int taken = static_cast<int>(chosen);
     C farthest = kTaken<C>;
     int index = 0;
 #pragma unroll
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kThreads) farthest_in_registers(Farthest<C> ta
       for (int d = 0; d < kFewDims; ++d) {
         distance += math::distance_term<Norm::two>(mine[e][d], latest[d]);
       }
-      least[e] = i == chosen ? kTaken<C> : math::minimum(least[e], distance);
+      least[e] = i == taken ? kTaken<C> : math::minimum(least[e], distance);
       if (least[e] > farthest) {
         farthest = least[e];
         index = i;
@@ -188,11 +189,11 @@ __global__ void __launch_bounds__(kLargeBlock)
 // that a step goes into.
 template <class C>
 struct FarthestGroups {
-  C* least;                 // [groups 0, kWarpSize]
-  DistanceKey<C>* points;   // [groups 0]: the farthest point's
-  DistanceKey<C>* blocks;   // [groups 1]: likewise
-  int32_t* listed_points;   // [groups 0], within the cloud
-  int32_t* listed_blocks;   // [groups 1], within the cloud
+  C* least;                // [groups 0, kWarpSize]
+  DistanceKey<C>* points;  // [groups 0]: the farthest point's
+  DistanceKey<C>* blocks;  // [groups 1]: likewise
+  int32_t* listed_points;  // [groups 0], within the cloud
+  int32_t* listed_blocks;  // [groups 1], within the cloud
 };
 
 // A step goes from the boxes of groups of level 1, a thread each, to the boxes of groups of level 0
@@ -388,13 +389,13 @@ Tensor farthest_points(const Tensor& points, const Tensor& ranges, const Tensor&
   const Tensor first = contiguous(starts), wanted = contiguous(counts);
   const auto run = [&](auto type) {
     using C = decltype(type);
-    launch_farthest<C>(stream,
-                       {static_cast<const C*>(rows.const_data_ptr()),
-                        clouds_of(of_clouds, rows.size(0)), rows.size(1),
-                        static_cast<const int64_t*>(first.const_data_ptr()),
-                        static_cast<const int64_t*>(wanted.const_data_ptr()), k,
-                        static_cast<int64_t*>(chosen.mutable_data_ptr()), -1, -1},
-                       rows);
+    launch_farthest<C>(
+        stream,
+        {static_cast<const C*>(rows.const_data_ptr()), clouds_of(of_clouds, rows.size(0)),
+         rows.size(1), static_cast<const int64_t*>(first.const_data_ptr()),
+         static_cast<const int64_t*>(wanted.const_data_ptr()), k,
+         static_cast<int64_t*>(chosen.mutable_data_ptr()), -1, -1},
+        rows);
   };
   if (compute == ScalarType::Double) {
     run(double{});
@@ -404,7 +405,8 @@ Tensor farthest_points(const Tensor& points, const Tensor& ranges, const Tensor&
   return chosen;
 }
 
-// ---- voxels --------------------------------------------------------------------------------------
+// ---- voxels
+// --------------------------------------------------------------------------------------
 
 constexpr int kThreads = 256;
 

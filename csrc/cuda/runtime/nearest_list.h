@@ -53,8 +53,8 @@ class ShortList : public BufferedList<C, ShortList<C>> {
   using Base = BufferedList<C, ShortList<C>>;
   using Key = typename Base::Key;
   static constexpr int kMost = kWarpSize;
-  static constexpr int kWarps = 8;    // of a block
-  static constexpr int kQueries = 2;  // of a warp
+  static constexpr int kWarps = 8;                                     // of a block
+  static constexpr int kQueries = sizeof(C) == sizeof(float) ? 2 : 1;  // of a warp
   static constexpr int kKeys = 2 * kWarpSize;
 
   // Its memory begins at `first`.

@@ -31,10 +31,10 @@ template <class C>
 struct PointTree {
   Clouds clouds;
   int dims;
-  C* points;                  // [groups, dims, kWarpSize]
-  int32_t* indices;           // [groups, kWarpSize], within the cloud; -1 beyond the last point
-  int32_t* places;            // [rows]: where in the cloud's Morton order a row stands
-  C* boxes[kTreeTop];         // of levels 1 and on: [groups, dims, 2, kWarpSize], lower and upper
+  C* points;           // [groups, dims, kWarpSize]
+  int32_t* indices;    // [groups, kWarpSize], within the cloud; -1 beyond the last point
+  int32_t* places;     // [rows]: where in the cloud's Morton order a row stands
+  C* boxes[kTreeTop];  // of levels 1 and on: [groups, dims, 2, kWarpSize], lower and upper
   int64_t groups[kTreeTop + 1];
 
   FASTZOO_DEVICE static int shift(int level) { return 5 * (level + 1); }
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(kTreeThreads)
   }
 }
 
-template <class C>
-__global__ void __launch_bounds__(kTreeThreads) tree_boxes(PointTree<C> tree, int level) {
+template <class C, int level>
+__global__ void __launch_bounds__(kTreeThreads) tree_boxes(PointTree<C> tree) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t group = int64_t{blockIdx.x} * kTreeWarps + threadIdx.x / kWarpSize;
   const int64_t cloud = tree.cloud_of_group(group, level);
@@ -236,10 +236,11 @@ PointTreeMemory<C> build_tree(const Stream& stream, const Tensor& points, const 
   }
   stream.launch("tree_points", tree_points<C>, blocks_for(tree.groups[0], kTreeWarps), kTreeThreads,
                 tree, data, dims, memory.row_at());
-  for (int level = 1; level < kTreeTop; ++level) {
-    stream.launch("tree_boxes", tree_boxes<C>, blocks_for(tree.groups[level], kTreeWarps),
-                  kTreeThreads, tree, level);
-  }
+  static_assert(kTreeTop == 3, "boxes of levels 1 and 2 make those of 2 and 3");
+  stream.launch("tree_boxes", tree_boxes<C, 1>, blocks_for(tree.groups[1], kTreeWarps),
+                kTreeThreads, tree);
+  stream.launch("tree_boxes", tree_boxes<C, 2>, blocks_for(tree.groups[2], kTreeWarps),
+                kTreeThreads, tree);
   return memory;
 }
 
