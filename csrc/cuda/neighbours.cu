@@ -23,6 +23,7 @@ using math::Norm;
 constexpr int kThreads = 256;
 constexpr int kEach = 4;  // points that a lane has at a time
 constexpr int kPart = kEach * kWarpSize;
+static_assert(kPart <= kMostAppended);
 constexpr int64_t kMostNeighbours = 1024;
 
 // Clouds of more points are searched by a tree, which takes a sort to build.
@@ -62,6 +63,8 @@ struct Search {
   FASTZOO_DEVICE DistanceBits<C> farthest(DistanceKey<C> limit) const {
     return bits_of(first ? radius : limit);
   }
+  // Likewise: those that are not greater. NaN is not.
+  FASTZOO_DEVICE C reach(DistanceKey<C> limit) const { return math::bits_as<C>(farthest(limit)); }
 
   FASTZOO_DEVICE C term(C a, C b) const {
     return norm == Norm::two ? math::distance_term<Norm::two>(a, b)
@@ -87,8 +90,9 @@ struct Search {
   }
 };
 
-// Of kPart points, a dimension of theirs kPitch after the one before.
-template <Norm norm, int kPitch, class C, int kQueries, class Tile, class Wanted>
+// Of kPart points, a dimension of theirs kPitch after the one before. A whole sum begins with its
+// first term.
+template <Norm norm, int kPitch, bool kWhole, class C, int kQueries, class Tile, class Wanted>
 FASTZOO_DEVICE void add_terms(C (&sums)[kQueries][kEach], Tile& tile, int first, int dims,
                               const Wanted& wanted) {
 #pragma unroll 4
@@ -101,7 +105,8 @@ FASTZOO_DEVICE void add_terms(C (&sums)[kQueries][kEach], Tile& tile, int first,
       const C coordinate = wanted(q, d);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) {
-        sums[q][i] += math::distance_term<norm>(coordinate, point[i]);
+        const C term = math::distance_term<norm>(coordinate, point[i]);
+        sums[q][i] = kWhole && d == 0 ? term : sums[q][i] + term;
       }
     }
   }
@@ -110,7 +115,8 @@ FASTZOO_DEVICE void add_terms(C (&sums)[kQueries][kEach], Tile& tile, int first,
 // A warp has kQueries consecutive queries, and a block goes over the clouds that its queries are
 // of. Few dimensions are in shared memory at once, many a chunk at a time.
 template <class C, int kDims, class List>
-__global__ void __launch_bounds__(List::kWarps* kWarpSize, 1) search_tiles(Search<C> search) {
+__global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
+    search_tiles(Search<C> search) {
   using Key = DistanceKey<C>;
   constexpr int kWarps = List::kWarps;
   constexpr int kBlock = kWarps * kWarpSize;
@@ -131,10 +137,12 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, 1) search_tiles(Searc
 
   List lists[kQueries];
   int64_t origins[kQueries] = {};
+  C reach[kQueries];
   C own[kQueries][kWhole ? kDims : 1] = {};
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
     lists[q].start(search.k, search.limit(), (warp * kQueries + q) * List::kKeys);
+    reach[q] = search.reach(lists[q].limit);
 #pragma unroll
     for (int d = 0; d < kDims; ++d) {
       if (d < search.dims && row + q < search.from.rows) {
@@ -160,27 +168,27 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, 1) search_tiles(Searc
 
     // kPart points, the first of which is `begin`, whose distances are known.
     const auto offer = [&](int64_t begin, const C(&sums)[kQueries][kEach]) {
-      const auto index = [&](int i) { return begin + lane + i * kWarpSize; };
-      busy = false;
+      bool going_on = !search.first;
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
         if (!mine[q]) continue;
         bool some = false;
 #pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-          some |=
-              index(i) < size && math::distance_bits(sums[q][i]) <= search.farthest(lists[q].limit);
-        }
+        for (int i = 0; i < kEach; ++i) some |= !(sums[q][i] > reach[q]);
         if (any(some)) {
 #pragma unroll
           for (int i = 0; i < kEach; ++i) {
-            const Key key = search.key(sums[q][i], static_cast<uint32_t>(index(i)));
-            lists[q].add(memory, index(i) < size && search.wants(sums[q][i], key, lists[q].limit),
-                         key, lists[q].room());
+            const uint32_t index = static_cast<uint32_t>(begin) + lane + i * kWarpSize;
+            const Key key = search.key(sums[q][i], index);
+            const bool wanted = index < size && search.wants(sums[q][i], key, lists[q].limit);
+            lists[q].append(memory, wanted, key);
           }
+          lists[q].settle(memory, lists[q].room());
+          reach[q] = search.reach(lists[q].limit);
         }
-        busy |= !search.first || !lists[q].full;
+        going_on |= !lists[q].full;
       }
+      busy = going_on;
     };
 
     for (int64_t begin = 0; begin < size; begin += kTile) {
@@ -199,8 +207,8 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, 1) search_tiles(Searc
         sync_block();
         for (int part = 0; busy && part < padded; part += kPart) {
           C sums[kQueries][kEach] = {};
-          add_terms<Norm::two, kPitch>(sums, tile, part + lane, kDims,
-                                       [&](int q, int d) { return own[q][d]; });
+          add_terms<Norm::two, kPitch, kWhole>(sums, tile, part + lane, kDims,
+                                               [&](int q, int d) { return own[q][d]; });
           offer(begin + part, sums);
         }
       } else {
@@ -224,9 +232,9 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, 1) search_tiles(Searc
             return wanted[(warp * kQueries + q) * kChunk + c];
           };
           if (search.norm == Norm::two) {
-            add_terms<Norm::two, kPitch>(sums, tile, lane, kChunk, coordinate);
+            add_terms<Norm::two, kPitch, kWhole>(sums, tile, lane, kChunk, coordinate);
           } else {
-            add_terms<Norm::one, kPitch>(sums, tile, lane, kChunk, coordinate);
+            add_terms<Norm::one, kPitch, kWhole>(sums, tile, lane, kChunk, coordinate);
           }
         }
         if (busy) offer(begin, sums);
@@ -245,7 +253,7 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, 1) search_tiles(Searc
 #pragma unroll
   for (int q = 0; q < kQueries; ++q) {
     if (row + q >= search.from.rows) break;
-    lists[q].finish(memory);
+    lists[q].settle(memory, 0);
     sync_warp();
     search.put(row + q, origins[q], lists[q], memory);
   }
@@ -298,7 +306,8 @@ struct Walk {
       const int32_t index = tree.indices[group * kWarpSize + lane];
       const C distance = two ? point_distance<Norm::two>(group) : point_distance<Norm::one>(group);
       const DistanceKey<C> key = search.key(distance, static_cast<uint32_t>(index));
-      list.add(memory, index >= 0 && search.wants(distance, key, list.limit), key, waiting);
+      list.append(memory, index >= 0 && search.wants(distance, key, list.limit), key);
+      list.settle(memory, waiting);
     } else {
       const C distance =
           two ? box_distance<Norm::two>(group, level) : box_distance<Norm::one>(group, level);
@@ -318,7 +327,7 @@ struct Walk {
 
 // `order` is that in which warps take queries, or null for that of their rows.
 template <class C, int kDims, class List>
-__global__ void __launch_bounds__(List::kWarps* kWarpSize, 1)
+__global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
     search_tree(Search<C> search, PointTree<C> tree, const int64_t* order) {
   using Memory = SharedArray<DistanceKey<C>, List::kWarps * List::kKeys>;
   __shared__ Memory memory;
@@ -338,7 +347,7 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, 1)
   }
   const int64_t groups = cloud < 0 ? 0 : tree.group_count(cloud, kTreeTop);
   for (int64_t group = 0; group < groups; ++group) walk.template visit<kTreeTop>(group);
-  list.finish(memory);
+  list.settle(memory, 0);
   sync_warp();
   search.put(row, cloud < 0 ? 0 : search.among.begin(cloud), list, memory);
 }

@@ -6,11 +6,10 @@
 
 namespace fastzoo::cuda {
 
-// By position of a list in shared memory; each warp has some of its own.
-template <class C, int n>
-using KeyMemory = SharedArray<DistanceKey<C>, n>;
+// The most that may be appended at a time.
+constexpr int kMostAppended = 4 * kWarpSize;
 
-// What both kinds of list share. `Self` has merge(), which empties the buffer.
+// What both kinds of list share. `Self` has merge(), which takes keys from the buffer's end.
 template <class C, class Self>
 class BufferedList {
  public:
@@ -20,20 +19,19 @@ class BufferedList {
   Key limit = no_key<C>();
   bool full = false;  // k keys are merged
 
-  // By the whole warp; `wanted` keys come before the limit. `most` that wait are merged.
+  // By the whole warp; those `wanted` come before the limit.
   template <class Memory>
-  FASTZOO_DEVICE void add(Memory& memory, bool wanted, Key key, int most) {
+  FASTZOO_DEVICE void append(Memory& memory, bool wanted, Key key) {
     const uint32_t taken = ballot(wanted);
-    if (taken == 0) return;
-    const int lane = threadIdx.x % kWarpSize;
-    const int earlier = population_count(taken & ((1u << lane) - 1));
+    const int earlier = population_count(taken & ((1u << threadIdx.x % kWarpSize) - 1));
     if (wanted) memory[buffer_ + waiting_ + earlier] = key;
     waiting_ += population_count(taken);
-    if (waiting_ > most) static_cast<Self*>(this)->merge(memory);
   }
+
+  // Merges until no more than `most` wait.
   template <class Memory>
-  FASTZOO_DEVICE void finish(Memory& memory) {
-    if (waiting_ > 0) static_cast<Self*>(this)->merge(memory);
+  FASTZOO_DEVICE void settle(Memory& memory, int most) {
+    while (waiting_ > most) static_cast<Self*>(this)->merge(memory);
   }
 
  protected:
@@ -50,12 +48,13 @@ class BufferedList {
 template <class C>
 class ShortList : public BufferedList<C, ShortList<C>> {
  public:
-  using Base = BufferedList<C, ShortList<C>>;
-  using Key = typename Base::Key;
+  using Key = DistanceKey<C>;
   static constexpr int kMost = kWarpSize;
   static constexpr int kWarps = 8;                                     // of a block
+  static constexpr int kBlocks = sizeof(C) == sizeof(float) ? 3 : 1;   // of a multiprocessor
   static constexpr int kQueries = sizeof(C) == sizeof(float) ? 2 : 1;  // of a warp
-  static constexpr int kKeys = 2 * kWarpSize;
+  static constexpr int kRoom = kWarpSize - 1;                          // of what may be left
+  static constexpr int kKeys = kRoom + kMostAppended + 1;
 
   // Its memory begins at `first`.
   FASTZOO_DEVICE void start(int k, Key limit, int first) {
@@ -64,20 +63,16 @@ class ShortList : public BufferedList<C, ShortList<C>> {
     k_ = k;
   }
 
-  // The most that may wait.
-  FASTZOO_DEVICE int room() const { return kWarpSize - 1; }
+  FASTZOO_DEVICE int room() const { return kRoom; }
 
-  // Sorts the first kWarpSize that wait; the rest moves up.
   template <class Memory>
   FASTZOO_DEVICE void merge(Memory& memory) {
     const int lane = threadIdx.x % kWarpSize;
-    const bool more = kWarpSize + lane < this->waiting_;
+    const int count = this->waiting_ < kWarpSize ? this->waiting_ : kWarpSize;
+    this->waiting_ -= count;
     sync_warp();
-    Key added = lane < this->waiting_ ? memory[this->buffer_ + lane] : no_key<C>();
-    const Key rest = more ? memory[this->buffer_ + kWarpSize + lane] : no_key<C>();
+    Key added = lane < count ? memory[this->buffer_ + this->waiting_ + lane] : no_key<C>();
     sync_warp();
-    if (more) memory[this->buffer_ + lane] = rest;
-    this->waiting_ = this->waiting_ > kWarpSize ? this->waiting_ - kWarpSize : 0;
 
 #pragma unroll
     for (int size = 2; size <= kWarpSize; size *= 2) {
@@ -111,16 +106,16 @@ class ShortList : public BufferedList<C, ShortList<C>> {
   Key mine_ = no_key<C>();
 };
 
-// Up to kMostKeys keys in shared memory, rising, and after them as many that wait.
+// Up to kMostKeys keys in shared memory, rising; the buffer follows.
 template <class C, int kMostKeys>
 class LongList : public BufferedList<C, LongList<C, kMostKeys>> {
  public:
-  using Base = BufferedList<C, LongList<C, kMostKeys>>;
-  using Key = typename Base::Key;
+  using Key = DistanceKey<C>;
   static constexpr int kMost = kMostKeys;
-  static constexpr int kKeys = 2 * kMostKeys;
-  static constexpr int kFitting = 32 * 1024 / (kKeys * static_cast<int>(sizeof(Key)));
+  static constexpr int kKeys = 2 * kMostKeys - kWarpSize + kMostAppended;
+  static constexpr int kFitting = 36 * 1024 / (kKeys * static_cast<int>(sizeof(Key)));
   static constexpr int kWarps = kFitting < 8 ? kFitting : 8;
+  static constexpr int kBlocks = 1;
   static constexpr int kQueries = 1;
 
   FASTZOO_DEVICE void start(int k, Key limit, int first) {
@@ -136,20 +131,21 @@ class LongList : public BufferedList<C, LongList<C, kMostKeys>> {
   template <class Memory>
   FASTZOO_DEVICE void merge(Memory& memory) {
     const int lane = threadIdx.x % kWarpSize;
-    const int buffer = this->buffer_;
-    for (int i = this->waiting_ + lane; i < size_; i += kWarpSize) memory[buffer + i] = no_key<C>();
+    const int count = this->waiting_ < size_ ? this->waiting_ : size_;
+    this->waiting_ -= count;
+    const int added = this->buffer_ + this->waiting_;
+    for (int i = count + lane; i < size_; i += kWarpSize) memory[added + i] = no_key<C>();
     if (!started_) {
       for (int i = lane; i < size_; i += kWarpSize) memory[first_ + i] = no_key<C>();
       started_ = true;
     }
-    this->waiting_ = 0;
     for (int size = 2; size <= size_; size *= 2) {
-      for (int step = size / 2; step > 0; step /= 2) exchange(memory, buffer, step, size);
+      for (int step = size / 2; step > 0; step /= 2) exchange(memory, added, step, size);
     }
     sync_warp();
     for (int i = lane; i < size_; i += kWarpSize) {
-      const Key added = memory[buffer + i];
-      if (before(added, memory[first_ + i])) memory[first_ + i] = added;
+      const Key key = memory[added + i];
+      if (before(key, memory[first_ + i])) memory[first_ + i] = key;
     }
     for (int step = size_ / 2; step > 0; step /= 2) exchange(memory, first_, step, 0);
     sync_warp();
