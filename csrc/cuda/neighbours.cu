@@ -28,7 +28,7 @@ constexpr int64_t kMostNeighbours = 1024;
 
 // Clouds of more points are searched by a tree, which takes a sort to build.
 #if defined(FASTZOO_EMULATE)
-constexpr int64_t kMostByTiles = 96;
+constexpr int64_t kMostByTiles = 64;
 #else
 constexpr int64_t kMostByTiles = 8192;
 #endif
