@@ -136,7 +136,6 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
   const int64_t row = first_row + warp * kQueries;
 
   List lists[kQueries];
-  int64_t origins[kQueries] = {};
   C reach[kQueries];
   C own[kQueries][kWhole ? kDims : 1] = {};
 #pragma unroll
@@ -155,19 +154,19 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
   if (cloud < 0) cloud = 0;
   for (; cloud < search.from.count && search.from.begin(cloud) < last_row; ++cloud) {
     const int64_t from = search.from.begin(cloud), to = search.from.end(cloud);
-    const int64_t origin = search.among.begin(cloud), size = search.among.size(cloud);
+    const int64_t origin = search.among.begin(cloud);
+    const uint32_t size = static_cast<uint32_t>(search.among.size(cloud));
     if (to <= first_row) continue;
     bool mine[kQueries];
     bool busy = false;
 #pragma unroll
     for (int q = 0; q < kQueries; ++q) {
       mine[q] = row + q >= from && row + q < to;
-      if (mine[q]) origins[q] = origin;
       busy |= mine[q];
     }
 
     // kPart points, the first of which is `begin`, whose distances are known.
-    const auto offer = [&](int64_t begin, const C(&sums)[kQueries][kEach]) {
+    const auto offer = [&](uint32_t begin, const C(&sums)[kQueries][kEach]) {
       bool going_on = !search.first;
 #pragma unroll
       for (int q = 0; q < kQueries; ++q) {
@@ -178,7 +177,7 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
         if (any(some)) {
 #pragma unroll
           for (int i = 0; i < kEach; ++i) {
-            const uint32_t index = static_cast<uint32_t>(begin) + lane + i * kWarpSize;
+            const uint32_t index = begin + lane + i * kWarpSize;
             const Key key = search.key(sums[q][i], index);
             const bool wanted = index < size && search.wants(sums[q][i], key, lists[q].limit);
             lists[q].append(memory, wanted, key);
@@ -186,13 +185,14 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
           lists[q].settle(memory, lists[q].room());
           reach[q] = search.reach(lists[q].limit);
         }
-        going_on |= !lists[q].full;
+        // By index there is no limit until there are k.
+        going_on |= !before(lists[q].limit, no_key<C>());
       }
       busy = going_on;
     };
 
-    for (int64_t begin = 0; begin < size; begin += kTile) {
-      const int points = static_cast<int>(size - begin < kTile ? size - begin : kTile);
+    for (uint32_t begin = 0; begin < size; begin += kTile) {
+      const int points = size - begin < kTile ? static_cast<int>(size - begin) : kTile;
       const int padded = (points + kPart - 1) / kPart * kPart;
       if constexpr (kWhole) {
         sync_block();
@@ -254,8 +254,8 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
   for (int q = 0; q < kQueries; ++q) {
     if (row + q >= search.from.rows) break;
     lists[q].settle(memory, 0);
-    sync_warp();
-    search.put(row + q, origins[q], lists[q], memory);
+    const int64_t of = search.from.of_row(row + q);
+    search.put(row + q, of < 0 ? 0 : search.among.begin(of), lists[q], memory);
   }
 }
 
@@ -348,7 +348,6 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
   const int64_t groups = cloud < 0 ? 0 : tree.group_count(cloud, kTreeTop);
   for (int64_t group = 0; group < groups; ++group) walk.template visit<kTreeTop>(group);
   list.settle(memory, 0);
-  sync_warp();
   search.put(row, cloud < 0 ? 0 : search.among.begin(cloud), list, memory);
 }
 

@@ -110,7 +110,7 @@ FASTZOO_DEVICE void take_farthest(const Farthest<C>& task, int64_t cloud, Memory
 
 // Up to kFewDims dimensions; those that points lack are zeros.
 template <class C, int kThreads, int kEach>
-__global__ void __launch_bounds__(kThreads) farthest_in_registers(Farthest<C> task) {
+__global__ void __launch_bounds__(kThreads, 1) farthest_in_registers(Farthest<C> task) {
   __shared__ FirstKeys<C, kThreads> firsts;
   const int64_t cloud = blockIdx.x;
   const int64_t size = task.clouds.size(cloud);
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) farthest_in_registers(Farthest<C> ta
 
 // `columns` are the points by dimension; least [rows] is the kernel's own.
 template <class C>
-__global__ void __launch_bounds__(kLargeBlock)
+__global__ void __launch_bounds__(kLargeBlock, 1)
     farthest_in_memory(Farthest<C> task, const C* columns, C* least) {
   __shared__ FirstKeys<C, kLargeBlock> firsts;
   const int64_t cloud = blockIdx.x;
@@ -199,7 +199,7 @@ struct FarthestGroups {
 // A step goes from the boxes of groups of level 1, a thread each, to the boxes of groups of level 0
 // in those, a lane each, to the points of these, and back.
 template <class C, int kDims>
-__global__ void __launch_bounds__(kLargeBlock)
+__global__ void __launch_bounds__(kLargeBlock, 1)
     farthest_by_tree(Farthest<C> task, PointTree<C> tree, FarthestGroups<C> groups) {
   using Key = DistanceKey<C>;
   constexpr int kAxes = kDims > 0 ? kDims : kTreeDims;

@@ -17,7 +17,6 @@ class BufferedList {
 
   // Keys that come before this may be among the first k. It only falls.
   Key limit = no_key<C>();
-  bool full = false;  // k keys are merged
 
   // By the whole warp; those `wanted` come before the limit.
   template <class Memory>
@@ -36,7 +35,6 @@ class BufferedList {
 
  protected:
   FASTZOO_DEVICE void lower_limit(Key last) {
-    full = before(last, no_key<C>());
     if (before(last, limit)) limit = last;
   }
 
