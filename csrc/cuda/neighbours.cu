@@ -177,6 +177,7 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
         if (any(some)) {
 #pragma unroll
           for (int i = 0; i < kEach; ++i) {
+            if (!any(!(sums[q][i] > reach[q]))) continue;
             const uint32_t index = begin + lane + i * kWarpSize;
             const Key key = search.key(sums[q][i], index);
             const bool wanted = index < size && search.wants(sums[q][i], key, lists[q].limit);

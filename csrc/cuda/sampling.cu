@@ -23,19 +23,22 @@ namespace {
 
 using math::Norm;
 
-// The emulator's are small, so that small inputs reach every kernel.
+// Threads of a block, and points of a thread where they are in registers. More points for fewer
+// threads are less work that all threads do. The emulator's are few, so that small inputs reach
+// every kernel.
 #if defined(FASTZOO_EMULATE)
 constexpr int kSmallBlock = 32;
 constexpr int kLargeBlock = 64;
+constexpr int kWideBlock = 64;
+constexpr int kFewEach = 2;
+constexpr int kManyEach = 4;
 #else
 constexpr int kSmallBlock = 256;
-constexpr int kLargeBlock = 1024;
-#endif
-
-// Of a thread, in registers: so many that 1024 threads have room for theirs.
+constexpr int kLargeBlock = 512;
+constexpr int kWideBlock = 1024;
 constexpr int kFewEach = 4;
-template <class C>
-constexpr int kManyEach = 32 / static_cast<int>(sizeof(C));
+constexpr int kManyEach = 16;
+#endif
 
 // What is farthest comes first: keys have the bits of distances in falling order.
 template <class C>
@@ -55,6 +58,10 @@ FASTZOO_DEVICE C distance_of(DistanceKey<C> key) {
   return bits_of(key) > kNearestBits<C> ? kTaken<C>
                                         : math::bits_as<C>(kNearestBits<C> - bits_of(key));
 }
+
+// The lesser. A distance of NaN is none: so the functions of C have it, which are one instruction.
+FASTZOO_DEVICE float nearer(float least, float distance) { return ::fminf(least, distance); }
+FASTZOO_DEVICE double nearer(double least, double distance) { return ::fmin(least, distance); }
 
 // Clouds of other sizes than from `above` to `most` are left to other launches.
 template <class C>
@@ -132,21 +139,22 @@ __global__ void __launch_bounds__(kThreads, 1) farthest_in_registers(Farthest<C>
 #pragma unroll
     for (int d = 0; d < kFewDims; ++d) latest[d] = coordinate(chosen, d);
     const int taken = static_cast<int>(chosen);
+    if (taken % kThreads == static_cast<int>(threadIdx.x)) {
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) least[e] = e == taken / kThreads ? kTaken<C> : least[e];
+    }
     C farthest = kTaken<C>;
     int index = 0;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
-      const int i = static_cast<int>(threadIdx.x) + e * kThreads;
-      C distance = 0;
+      C distance = math::distance_term<Norm::two>(mine[e][0], latest[0]);
 #pragma unroll
-      for (int d = 0; d < kFewDims; ++d) {
+      for (int d = 1; d < kFewDims; ++d) {
         distance += math::distance_term<Norm::two>(mine[e][d], latest[d]);
       }
-      least[e] = i == taken ? kTaken<C> : math::minimum(least[e], distance);
-      if (least[e] > farthest) {
-        farthest = least[e];
-        index = i;
-      }
+      least[e] = nearer(least[e], distance);
+      if (least[e] > farthest) index = static_cast<int>(threadIdx.x) + e * kThreads;
+      farthest = math::maximum(farthest, least[e]);
     }
     return far_key(farthest, static_cast<uint32_t>(index));
   });
@@ -154,9 +162,9 @@ __global__ void __launch_bounds__(kThreads, 1) farthest_in_registers(Farthest<C>
 
 // `columns` are the points by dimension; least [rows] is the kernel's own.
 template <class C>
-__global__ void __launch_bounds__(kLargeBlock, 1)
+__global__ void __launch_bounds__(kWideBlock, 1)
     farthest_in_memory(Farthest<C> task, const C* columns, C* least) {
-  __shared__ FirstKeys<C, kLargeBlock> firsts;
+  __shared__ FirstKeys<C, kWideBlock> firsts;
   const int64_t cloud = blockIdx.x;
   const int64_t size = task.clouds.size(cloud);
   if (!task.takes(size)) return;
@@ -174,7 +182,7 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
         const C* const column = points + d * task.clouds.rows;
         distance += math::distance_term<Norm::two>(column[i], column[chosen]);
       }
-      const C now = i == chosen ? kTaken<C> : math::minimum(distances[i], distance);
+      const C now = i == chosen ? kTaken<C> : nearer(distances[i], distance);
       distances[i] = now;
       if (now > farthest) {
         farthest = now;
@@ -199,12 +207,12 @@ struct FarthestGroups {
 // A step goes from the boxes of groups of level 1, a thread each, to the boxes of groups of level 0
 // in those, a lane each, to the points of these, and back.
 template <class C, int kDims>
-__global__ void __launch_bounds__(kLargeBlock, 1)
+__global__ void __launch_bounds__(kWideBlock, 1)
     farthest_by_tree(Farthest<C> task, PointTree<C> tree, FarthestGroups<C> groups) {
   using Key = DistanceKey<C>;
   constexpr int kAxes = kDims > 0 ? kDims : kTreeDims;
-  constexpr int kWarps = kLargeBlock / kWarpSize;
-  __shared__ FirstKeys<C, kLargeBlock> firsts;
+  constexpr int kWarps = kWideBlock / kWarpSize;
+  __shared__ FirstKeys<C, kWideBlock> firsts;
   __shared__ SharedArray<int, 2> listed;
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
   const int64_t cloud = blockIdx.x;
@@ -248,7 +256,7 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
 
     if (thread < 2) listed[thread] = 0;
     sync_block();
-    for (int64_t block = thread; block < blocks; block += kLargeBlock) {
+    for (int64_t block = thread; block < blocks; block += kWideBlock) {
       if (fresh || block == place / (kWarpSize * kWarpSize) ||
           touches(first_tops + block / kWarpSize, 2, block % kWarpSize, far_blocks[block])) {
         listed_blocks[atomic_add(&listed[0], 1)] = static_cast<int32_t>(block);
@@ -272,9 +280,8 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
       });
       const int32_t index = tree.indices[group * kWarpSize + lane];
       C& least = groups.least[group * kWarpSize + lane];
-      const C now = index < 0 || index == chosen
-                        ? kTaken<C>
-                        : math::minimum(fresh ? kInfinity<C> : least, distance);
+      const C now =
+          index < 0 || index == chosen ? kTaken<C> : nearer(fresh ? kInfinity<C> : least, distance);
       least = now;
       const Key farthest = warp_first(far_key(now, static_cast<uint32_t>(index)));
       if (lane == 0) far_points[within] = farthest;
@@ -288,7 +295,7 @@ __global__ void __launch_bounds__(kLargeBlock, 1)
     sync_block();
     fresh = false;
     Key farthest = no_key<C>();
-    for (int64_t block = thread; block < blocks; block += kLargeBlock) {
+    for (int64_t block = thread; block < blocks; block += kWideBlock) {
       const Key key = far_blocks[block];
       if (before(key, farthest)) farthest = key;
     }
@@ -339,22 +346,24 @@ void launch_by_tree(const Stream& stream, FarthestLaunches<C>& launches, const T
                                  static_cast<int32_t*>(listed_blocks.mutable_data_ptr())};
   const auto kernel =
       points.size(1) <= kFewDims ? farthest_by_tree<C, kFewDims> : farthest_by_tree<C, 0>;
-  launches.add("farthest_by_tree", kernel, kLargeBlock, kAny, tree, groups);
+  launches.add("farthest_by_tree", kernel, kWideBlock, kAny, tree, groups);
 }
 
 template <class C>
 void launch_farthest(const Stream& stream, const Farthest<C>& task, const Tensor& points) {
   constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
-  constexpr int64_t kMostInRegisters = int64_t{kLargeBlock} * kManyEach<C>;
+  // A thread of a large block has room for as many floats, but not doubles.
+  constexpr bool kLarge = sizeof(C) == sizeof(float);
+  constexpr int64_t kMostInRegisters = (kLarge ? kLargeBlock : kSmallBlock) * kManyEach;
   const int64_t dims = task.dims;
   FarthestLaunches<C> launches(stream, task);
   if (dims <= kFewDims) {
     launches.add("farthest_in_registers", farthest_in_registers<C, kSmallBlock, kFewEach>,
                  kSmallBlock, kSmallBlock * kFewEach);
-    launches.add("farthest_in_registers", farthest_in_registers<C, kLargeBlock, kFewEach>,
-                 kLargeBlock, kLargeBlock * kFewEach);
-    if constexpr (kManyEach<C> > kFewEach) {
-      launches.add("farthest_in_registers", farthest_in_registers<C, kLargeBlock, kManyEach<C>>,
+    launches.add("farthest_in_registers", farthest_in_registers<C, kSmallBlock, kManyEach>,
+                 kSmallBlock, kSmallBlock * kManyEach);
+    if constexpr (kLarge) {
+      launches.add("farthest_in_registers", farthest_in_registers<C, kLargeBlock, kManyEach>,
                    kLargeBlock, kMostInRegisters);
     }
     if (launches.done()) return;
@@ -367,7 +376,7 @@ void launch_farthest(const Stream& stream, const Farthest<C>& task, const Tensor
   const Tensor columns = torch::stable::contiguous(torch::stable::transpose(whole, 0, 1));
   const Tensor least = empty(points, {task.clouds.rows}, points.scalar_type());
   launches.add("farthest_in_memory", farthest_in_memory<C>,
-               task.clouds.rows > kSmallBlock * kFewEach ? kLargeBlock : kSmallBlock, kAny,
+               task.clouds.rows > kSmallBlock * kFewEach ? kWideBlock : kSmallBlock, kAny,
                static_cast<const C*>(columns.const_data_ptr()),
                static_cast<C*>(least.mutable_data_ptr()));
 }
