@@ -34,6 +34,17 @@ inline unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>(blocks);
 }
 
+// The data of a tensor; null where it is empty, as one that an operator does without is.
+template <class T>
+T* optional_data(const Tensor& tensor) {
+  if (tensor.numel() == 0) return nullptr;
+  if constexpr (std::is_const_v<T>) {
+    return static_cast<T*>(tensor.const_data_ptr());
+  } else {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+  }
+}
+
 #if defined(FASTZOO_EMULATE)
 
 class Stream {
