@@ -34,6 +34,8 @@ FASTZOO_HD float select_greater(float a, float b, float chosen, float other) {
 FASTZOO_HD double select_greater(double a, double b, double chosen, double other) {
   return a > b ? chosen : other;
 }
+FASTZOO_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+FASTZOO_HD double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
 FASTZOO_HD float exponential(float a) { return ::expf(a); }
 FASTZOO_HD double exponential(double a) { return ::exp(a); }
 FASTZOO_HD float log_one_plus(float a) { return ::log1pf(a); }
