@@ -23,6 +23,7 @@ namespace fastzoo::cuda {
 namespace {
 
 using math::Metric;
+using math::round_up;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
@@ -36,10 +37,6 @@ template <class C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 template <class C>
 constexpr double kSmallest = std::numeric_limits<C>::min();
-
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // What put() says of a coordinate, for the proof: what products do not see of it, and its low part.
 struct Kept {
