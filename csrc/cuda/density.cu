@@ -278,7 +278,7 @@ void dispatch_kernel(const std::string& name, const Body& body) {
 template <class C>
 void sum_profiles(const Tensor& queries, const Tensor& points, const Tensor& scale,
                   const Tensor& weight, const Tensor& ranges1, const Tensor& ranges2,
-                  const std::string& kernel_name, const Tensor& out) {
+                  int64_t longest, const std::string& kernel_name, const Tensor& out) {
   const auto data = [](const Tensor& tensor) {
     return static_cast<const C*>(tensor.const_data_ptr());
   };
@@ -288,7 +288,7 @@ void sum_profiles(const Tensor& queries, const Tensor& points, const Tensor& sca
   const int64_t rows = queries.size(0);
   const bool wide = queries.size(1) > kFewDims;
   const unsigned row_blocks = blocks_for(rows, wide ? DistanceScheme<C>::kRows : int64_t{kQueries});
-  const unsigned tiles = blocks_for(points.size(0), wide ? kTileColumns : kTilePoints);
+  const unsigned tiles = blocks_for(longest, wide ? kTileColumns : kTilePoints);
   // A block that is not wide has half the threads.
   const unsigned wanted = wide ? kManyBlocks : 2 * kManyBlocks;
   const unsigned shares =
@@ -320,7 +320,7 @@ void sum_profiles(const Tensor& queries, const Tensor& points, const Tensor& sca
 
 Tensor kernel_density(const Tensor& queries, const Tensor& points, const Tensor& scale,
                       const Tensor& weight, const Tensor& ranges1, const Tensor& ranges2,
-                      [[maybe_unused]] int64_t longest, const std::string& kernel) {
+                      int64_t longest, const std::string& kernel) {
   using torch::stable::contiguous;
   const ScalarType compute = compute_dtype(queries.scalar_type());
   const Tensor out = empty(queries, {queries.size(0)}, compute);
@@ -332,7 +332,7 @@ Tensor kernel_density(const Tensor& queries, const Tensor& points, const Tensor&
                w = contiguous(weight), of_queries = contiguous(ranges1),
                of_points = contiguous(ranges2);
   const auto sum = compute == ScalarType::Double ? sum_profiles<double> : sum_profiles<float>;
-  sum(q, p, s, w, of_queries, of_points, kernel, out);
+  sum(q, p, s, w, of_queries, of_points, longest, kernel, out);
   return out;
 }
 

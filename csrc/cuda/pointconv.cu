@@ -362,7 +362,7 @@ class LinearFetch {
 
 // A block has `centres` centres, and the kTileOutputs outputs from blockIdx.y on.
 template <class T, int centres>
-__global__ void __launch_bounds__(kFusedThreads<centres>, 128 / centres)
+__global__ void __launch_bounds__(kFusedThreads<centres>, centres >= 128 ? 1 : 3)
     pointconv_fused(PointConv<T, T> conv) {
   constexpr int kThreads = kFusedThreads<centres>;
   constexpr int kColumnWarps = kTileOutputs / kWarpRows;
