@@ -39,10 +39,10 @@ constexpr int kNetValues = 16384 / sizeof(C);
 
 // Of a chunk of centres the weights [centres, m, k], and each edge's row of features [centres, k],
 // or -1 for none. Both are padded, with zeros and with -1, to what the sums read at once.
-template <class W>
+template <class T>
 struct Weights {
   int k, m;
-  W* values;
+  T* values;
   int* rows;
 };
 
@@ -76,10 +76,10 @@ constexpr int net_edges(int width) {
 }
 
 // A block has `edges` of the chunk's padded edges. `first` is the chunk's first centre.
-template <class C, class W>
+template <class C, class T>
 __global__ void __launch_bounds__(kNetThreads)
     pointconv_weights(Edges<C> in, NetLayout layout, const C* net, int edges, int64_t first,
-                      int64_t count, Weights<W> out) {
+                      int64_t count, Weights<T> out) {
   auto& arrays = large_shared<NetArrays<C>>();
   const int thread = threadIdx.x;
   const int dims = layout.dims;
@@ -178,41 +178,59 @@ __global__ void __launch_bounds__(kNetThreads)
           (layout.layers == 0 ? coordinate(edge, m) : arrays.values[current][m * edges + edge]) *
           arrays.scales[edge];
     }
-    out.values[place + int64_t{m} * out.k] = static_cast<W>(value);
+    out.values[place + int64_t{m} * out.k] = static_cast<T>(value);
   }
 }
 
 // ---- sums ---------------------------------------------------------------------------------------
 
 // What a chunk's sums and the linear map are made of.
-template <class T, class W>
+template <class T>
 struct PointConv {
   int64_t first, count;  // centres
   int64_t centres_each;
-  int64_t m;
-  Rows<T> features;  // of a cloud, or of a centre where they are grouped; the first one's
+  int64_t channels, m;
+  const T* features;  // [clouds, rows, pitch], or where they are grouped [centres, rows, pitch]
+  int64_t rows, pitch;
   bool grouped;
-  Weights<W> weights;
-  const T* linear;  // [outputs, C, M]
-  bool linear_aligned;
+  Weights<T> weights;
+  const T* linear;  // [outputs, channels, m]; in 16 bits [outputs, pitch, weights.m]
   int64_t outputs;
   const T* bias;  // or null
-  T* out;         // [centres, outputs], or without linear [centres, C, M]
+  T* out;         // [centres, outputs], or without linear [centres, channels, m]
 
-  FASTZOO_DEVICE int64_t channels() const { return features.dims; }
-  // Of the chunk's centre.
-  FASTZOO_DEVICE Rows<T> features_of(int64_t own) const {
+  // Those of the chunk's centre.
+  FASTZOO_DEVICE const T* features_of(int64_t own) const {
     const int64_t centre = first + own;
-    Rows<T> rows = features;
-    rows.data += (grouped ? centre : centre / centres_each) * features.count * features.step;
-    return rows;
+    return features + (grouped ? centre : centre / centres_each) * rows * pitch;
   }
 };
+
+// [rows, channels, m] with zeros to the sizes of `out`, which the matrix units read.
+template <class T>
+struct Padded {
+  int64_t channels, m;
+  T* data;
+};
+
+constexpr int kPadThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kPadThreads)
+    pointconv_pad(const T* in, int64_t rows, int64_t channels, int64_t m, Padded<T> out) {
+  const int64_t i = int64_t{blockIdx.x} * kPadThreads + threadIdx.x;
+  const int64_t row = i / out.m, at_m = i - row * out.m;
+  const int64_t outer = row / out.channels, at_channel = row - outer * out.channels;
+  if (outer >= rows) return;
+  const bool exists = at_channel < channels && at_m < m;
+  out.data[i] = exists ? in[(outer * channels + at_channel) * m + at_m] : T(0.f);
+}
 
 constexpr int kUnitK = 16;  // neighbours of a matrix product
 constexpr int kUnitM = 16;  // weights that are in a chunk at once
 constexpr int kChunkChannels = 32;
 constexpr int kDepth = kChunkChannels * kUnitM;
+constexpr int kChannelPiece = 8;  // what channels are padded to
 constexpr int kWarpCentres = 8;
 constexpr int kWarpRows = 32;  // and as many columns, of the tile of outputs
 constexpr int kTileOutputs = 128;
@@ -232,7 +250,7 @@ FASTZOO_DEVICE Vector<uint16_t, 2> bits_of(float a, float b) {
 // By a warp: of one centre, the sums of kChunkChannels channels with kUnitM weights, given to
 // take(channel, m, sum, next) as those of m and m + 1, from the beginning of the chunk.
 template <class T, MmaType type, class Take>
-FASTZOO_DEVICE void sum_chunk(const PointConv<T, T>& conv, int64_t own, int64_t channel, int m,
+FASTZOO_DEVICE void sum_chunk(const PointConv<T>& conv, int64_t own, int64_t channel, int m,
                               const Take& take) {
   // A lane has 4 neighbouring channels of 4 neighbouring edges. Which channel a row of the product
   // is, and which edge a step of its depth, is ours to choose; so lanes gather as they multiply.
@@ -240,7 +258,8 @@ FASTZOO_DEVICE void sum_chunk(const PointConv<T, T>& conv, int64_t own, int64_t 
   constexpr int kLaneEdges = 4;
   const int lane = threadIdx.x % kWarpSize;
   const int group = lane / 4, turn = lane % 4;
-  const Rows<T> features = conv.features_of(own);
+  const T* features = conv.features_of(own) + channel + group * kLaneChannels;
+  const bool exists = channel + group * kLaneChannels < conv.pitch;
   const int k_padded = conv.weights.k;
   const int* rows = conv.weights.rows + own * k_padded + turn * kLaneEdges;
   const T* weights =
@@ -254,9 +273,8 @@ FASTZOO_DEVICE void sum_chunk(const PointConv<T, T>& conv, int64_t own, int64_t 
 #pragma unroll
     for (int e = 0; e < kLaneEdges; ++e) {
       Vector<T, kLaneChannels> piece{};
-      if (edge_rows[e] >= 0) {
-        piece =
-            features.template load<kLaneChannels>(edge_rows[e], channel + group * kLaneChannels);
+      if (exists && edge_rows[e] >= 0) {
+        piece = load_vector<kLaneChannels>(features + edge_rows[e] * conv.pitch);
       }
       gathered[e] = math::bits_as<Vector<uint32_t, 2>>(piece);
     }
@@ -295,17 +313,17 @@ constexpr int kSumsThreads = 128;
 
 // A warp a centre.
 template <class T>
-__global__ void __launch_bounds__(kSumsThreads) pointconv_sums(PointConv<T, T> conv) {
+__global__ void __launch_bounds__(kSumsThreads) pointconv_sums(PointConv<T> conv) {
   const int64_t own = int64_t{blockIdx.x} * (kSumsThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (own >= conv.count) return;
-  T* out = conv.out + own * conv.channels() * conv.m;
+  T* out = conv.out + own * conv.channels * conv.m;
   for (int m = 0; m < conv.weights.m; m += kUnitM) {
-    for (int64_t channel = 0; channel < conv.channels(); channel += kChunkChannels) {
+    for (int64_t channel = 0; channel < conv.channels; channel += kChunkChannels) {
       sum_chunk<T, kMmaType<T>>(conv, own, channel, m,
                                 [&](int channel_in, int m_in, float sum, float next) {
                                   const int64_t c = channel + channel_in;
                                   const int64_t at = m + m_in;
-                                  if (c >= conv.channels()) return;
+                                  if (c >= conv.channels) return;
                                   if (at < conv.m) out[c * conv.m + at] = T(sum);
                                   if (at + 1 < conv.m) out[c * conv.m + at + 1] = T(next);
                                 });
@@ -334,28 +352,32 @@ class LinearFetch {
   static constexpr int kParts = kTileOutputs * kRowPieces / threads;
 
  public:
-  FASTZOO_DEVICE void fetch(const PointConv<T, T>& conv, int64_t output, int64_t channel, int m) {
+  // From one output and channel on, and of its weights from m on.
+  FASTZOO_DEVICE void fetch(const PointConv<T>& conv, int64_t output, int64_t channel, int m) {
+    const int64_t step = conv.pitch * conv.weights.m;
+    const T* from = conv.linear + (output + row(0)) * step +
+                    (channel + depth() / kUnitM) * conv.weights.m + m + depth() % kUnitM;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      const int64_t row = output + at(i) / kRowPieces;
-      const int64_t c = channel + depth(i) / kUnitM;
-      const Rows<T> weights{conv.linear + row * conv.channels() * conv.m,
-                            row < conv.outputs ? conv.channels() : 0, conv.m, conv.m,
-                            conv.linear_aligned};
-      pieces_[i] = weights.template load<kPiece>(c, m + depth(i) % kUnitM);
+      pieces_[i] = {};
+      if (output + row(i) < conv.outputs) {
+        pieces_[i] = load_vector<kPiece>(from + i * (threads / kRowPieces) * step);
+      }
     }
   }
   FASTZOO_DEVICE void put(SharedArray<uint16_t, kTileOutputs * kSlabPitch>& slab) const {
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
-      slab.store(at(i) / kRowPieces * kSlabPitch + depth(i),
+      slab.store(row(i) * kSlabPitch + depth(),
                  math::bits_as<Vector<uint16_t, kPiece>>(pieces_[i]));
     }
   }
 
  private:
-  FASTZOO_DEVICE static int at(int i) { return static_cast<int>(threadIdx.x) + i * threads; }
-  FASTZOO_DEVICE static int depth(int i) { return at(i) % kRowPieces * kPiece; }
+  FASTZOO_DEVICE static int row(int i) {
+    return static_cast<int>(threadIdx.x) / kRowPieces + i * (threads / kRowPieces);
+  }
+  FASTZOO_DEVICE static int depth() { return threadIdx.x % kRowPieces * kPiece; }
 
   Vector<T, kPiece> pieces_[kParts];
 };
@@ -363,7 +385,7 @@ class LinearFetch {
 // A block has `centres` centres, and the kTileOutputs outputs from blockIdx.y on.
 template <class T, int centres>
 __global__ void __launch_bounds__(kFusedThreads<centres>, centres >= 128 ? 1 : 3)
-    pointconv_fused(PointConv<T, T> conv) {
+    pointconv_fused(PointConv<T> conv) {
   constexpr int kThreads = kFusedThreads<centres>;
   constexpr int kColumnWarps = kTileOutputs / kWarpRows;
   auto& arrays = large_shared<FusedArrays<centres>>();
@@ -373,13 +395,11 @@ __global__ void __launch_bounds__(kFusedThreads<centres>, centres >= 128 ? 1 : 3
   const int64_t first_output = int64_t{blockIdx.y} * kTileOutputs;
   const int first_row = warp / kColumnWarps * kWarpRows;
   const int first_column = warp % kColumnWarps * kWarpRows;
-  const int64_t channels = conv.channels();
-
   LinearFetch<T, kThreads> fetch;
   int current = 0;
   float products[2][4][4] = {};
   for (int m = 0; m < conv.weights.m; m += kUnitM) {
-    for (int64_t channel = 0; channel < channels; channel += kChunkChannels) {
+    for (int64_t channel = 0; channel < conv.pitch; channel += kChunkChannels) {
       fetch.fetch(conv, first_output, channel, m);
 #pragma unroll 1
       for (int i = 0; i < kWarpCentres; ++i) {
@@ -391,7 +411,7 @@ __global__ void __launch_bounds__(kFusedThreads<centres>, centres >= 128 ? 1 : 3
               arrays.sums.store(centre * kSumPitch + unit * 8 + m_in % 8, bits_of<T>(sum, next));
             });
       }
-      const int left = tile_left(channels, channel, kChunkChannels);
+      const int left = tile_left(conv.pitch, channel, kChunkChannels);
       for (int slab = 0; slab * kSlabChannels < left; ++slab) {
         // A thread that is a slab ahead of others fills the one that they no longer read.
         fetch.put(arrays.linear[current]);
@@ -449,16 +469,16 @@ constexpr int kPlainPiece = 8;   // weights that a thread has at once
 
 // A block a centre; a thread a channel and a piece of the weights.
 template <class C>
-__global__ void __launch_bounds__(kSumsThreads) pointconv_plain_sums(PointConv<C, C> conv) {
+__global__ void __launch_bounds__(kSumsThreads) pointconv_plain_sums(PointConv<C> conv) {
   __shared__ SharedArray<C, kPlainEdges * math::kNetWidth> weights;  // [k, m]
   __shared__ SharedArray<int, kPlainEdges> rows;
   const int thread = threadIdx.x;
   const int64_t own = blockIdx.x;
-  const Rows<C> features = conv.features_of(own);
+  const C* features = conv.features_of(own);
   const int k_padded = conv.weights.k, m_padded = conv.weights.m;
   const int pieces = m_padded / kPlainPiece;
-  const int64_t items = conv.channels() * pieces;
-  C* out = conv.out + own * conv.channels() * conv.m;
+  const int64_t items = conv.channels * pieces;
+  C* out = conv.out + own * conv.channels * conv.m;
   for (int64_t first = 0; first < items; first += kSumsThreads) {
     const int64_t item = first + thread;
     const int64_t channel = item / pieces;
@@ -479,7 +499,7 @@ __global__ void __launch_bounds__(kSumsThreads) pointconv_plain_sums(PointConv<C
       if (item >= items) continue;
       for (int edge = 0; edge < edges; ++edge) {
         if (rows[edge] < 0) continue;
-        const C feature = features.data[rows[edge] * features.step + channel];
+        const C feature = features[rows[edge] * conv.pitch + channel];
         const auto weight = weights.template load<kPlainPiece>(edge * m_padded + m);
 #pragma unroll
         for (int j = 0; j < kPlainPiece; ++j) {
@@ -521,7 +541,7 @@ __global__ void __launch_bounds__(kTileThreads, FusedScheme<C>::kBlocksEach)
 // ---------------------------------------------------------------------------------
 
 template <class T, int centres>
-void launch_fused(const Stream& stream, const PointConv<T, T>& conv) {
+void launch_fused(const Stream& stream, const PointConv<T>& conv) {
   stream.launch_large<FusedArrays<centres>>(
       "pointconv_fused", pointconv_fused<T, centres>,
       dim3(blocks_for(conv.count, centres), blocks_for(conv.outputs, kTileOutputs)),
@@ -529,7 +549,7 @@ void launch_fused(const Stream& stream, const PointConv<T, T>& conv) {
 }
 
 template <class T>
-void launch_sums(const Stream& stream, const PointConv<T, T>& conv, bool has_linear) {
+void launch_sums(const Stream& stream, const PointConv<T>& conv, bool has_linear) {
   constexpr int kMany = 128, kFew = 32;
   if (!has_linear) {
     stream.launch("pointconv_sums", pointconv_sums<T>,
@@ -543,9 +563,9 @@ void launch_sums(const Stream& stream, const PointConv<T, T>& conv, bool has_lin
 
 // `sums` is room for those of a chunk that a linear map follows.
 template <class C>
-void launch_plain_sums(const Stream& stream, const PointConv<C, C>& conv, bool has_linear,
+void launch_plain_sums(const Stream& stream, const PointConv<C>& conv, bool has_linear,
                        const Tensor& linear, const Tensor& sums) {
-  PointConv<C, C> summed = conv;
+  PointConv<C> summed = conv;
   if (has_linear) summed.out = static_cast<C*>(sums.mutable_data_ptr());
   stream.launch("pointconv_plain_sums", pointconv_plain_sums<C>, blocks_for(conv.count, 1),
                 kSumsThreads, summed);
@@ -558,70 +578,92 @@ void launch_plain_sums(const Stream& stream, const PointConv<C, C>& conv, bool h
                 rows_of<C>(linear), conv.bias, conv.out);
 }
 
+// [rows, channels, m] as the matrix units read it: itself where it is so already.
+template <class T>
+Tensor padded(const Stream& stream, const Tensor& in, int64_t rows, int64_t channels, int64_t m,
+              int64_t pitch, int64_t m_padded) {
+  const bool aligned = reinterpret_cast<uintptr_t>(in.const_data_ptr()) % 16 == 0;
+  if (aligned && channels == pitch && m == m_padded) return in;
+  const Tensor out = empty(in, {rows, pitch, m_padded}, in.scalar_type());
+  if (out.numel() == 0) return out;
+  stream.launch("pointconv_pad", pointconv_pad<T>, blocks_for(out.numel(), kPadThreads),
+                kPadThreads, static_cast<const T*>(in.const_data_ptr()), rows, channels, m,
+                Padded<T>{pitch, m_padded, static_cast<T*>(out.mutable_data_ptr())});
+  return out;
+}
+
 template <class T>
 void convolve(const Tensor& xyz, const Tensor& features, const Tensor& centres,
               const Tensor& neighbours, const Tensor& scale, const Tensor& net,
               const NetLayout& layout, const Tensor& linear, const Tensor& bias,
               const Tensor& out) {
   using C = ComputeOf<T>;
-  using W = std::conditional_t<sizeof(T) == 2, T, C>;
   constexpr bool kPlain = sizeof(T) != 2;
+  const Stream stream(out);
   const bool has_linear = linear.dim() == 2;
   const bool grouped = features.dim() == 4;
   const int64_t channels = features.size(-1);
+  const int64_t points = xyz.size(1);
   const int64_t centres_each = neighbours.size(1);
   const int64_t k = neighbours.size(2);
+  const int64_t m = layout.width;
   const int64_t total = neighbours.size(0) * centres_each;
   const int64_t chunk = std::min(total, kChunkCentres);
+  const int64_t pitch = kPlain ? channels : round_up(channels, kChannelPiece);
   const int64_t k_padded = kPlain ? k : round_up(k, kUnitK);
-  const int64_t m_padded = round_up(layout.width, kPlain ? kPlainPiece : kUnitM);
-  STD_TORCH_CHECK(std::max(k_padded, xyz.size(1)) <= std::numeric_limits<int32_t>::max(),
+  const int64_t m_padded = round_up(m, kPlain ? kPlainPiece : kUnitM);
+  STD_TORCH_CHECK(std::max(k_padded, points) <= std::numeric_limits<int32_t>::max(),
                   "fastzoo: pointconv: fewer than 2^31 points and neighbours expected");
 
-  const Stream stream(out);
-  const auto compute = compute_dtype(features.scalar_type());
-  const Tensor values =
-      empty(out, {chunk, m_padded, k_padded}, kPlain ? compute : out.scalar_type());
+  Tensor read_features = features, read_linear = linear;
+  if constexpr (!kPlain) {
+    const int64_t rows = total == 0 ? 0 : grouped ? total * k : features.size(0) * points;
+    read_features = padded<T>(stream, features, rows, channels, 1, pitch, 1);
+    if (has_linear) {
+      read_linear = padded<T>(stream, linear, linear.size(0), channels, m, pitch, m_padded);
+    }
+  }
+  const ScalarType compute = compute_dtype(features.scalar_type());
+  const Tensor values = empty(out, {chunk, m_padded, k_padded}, out.scalar_type());
   const Tensor rows = empty(out, {chunk, k_padded}, ScalarType::Int);
-  const Tensor sums =
-      empty(out, {kPlain && has_linear ? chunk : 0, channels * layout.width}, compute);
-  const Weights<W> weights{static_cast<int>(k_padded), static_cast<int>(m_padded),
-                           static_cast<W*>(values.mutable_data_ptr()),
+  const Tensor sums = empty(out, {kPlain && has_linear ? chunk : 0, channels * m}, compute);
+  const Weights<T> weights{static_cast<int>(k_padded), static_cast<int>(m_padded),
+                           static_cast<T*>(values.mutable_data_ptr()),
                            static_cast<int*>(rows.mutable_data_ptr())};
   const Edges<C> edges{static_cast<const C*>(xyz.const_data_ptr()),
                        static_cast<const C*>(centres.const_data_ptr()),
                        static_cast<const int64_t*>(neighbours.const_data_ptr()),
                        optional_data<const C>(scale),
-                       xyz.size(1),
+                       points,
                        centres_each,
                        k,
                        grouped};
-  PointConv<T, W> conv{};
-  conv.centres_each = centres_each;
-  conv.m = layout.width;
-  conv.features = rows_of<T>(torch::stable::view(features, {-1, channels}));
-  conv.features.count = grouped ? k : xyz.size(1);
-  conv.grouped = grouped;
-  conv.weights = weights;
-  conv.linear = optional_data<const T>(linear);
-  conv.linear_aligned =
-      layout.width % Rows<T>::kAligned == 0 && reinterpret_cast<uintptr_t>(conv.linear) % 16 == 0;
-  conv.outputs = out.size(2);
-  conv.bias = optional_data<const T>(bias);
 
   int widest = std::min(layout.dims, math::kNetWidth);
   for (int l = 0; l < layout.layers; ++l) widest = std::max(widest, layout.layer[l].out);
   const int block_edges = net_edges<C>(widest);
   for (int64_t first = 0; first < total; first += chunk) {
-    conv.first = first;
-    conv.count = std::min(chunk, total - first);
+    const int64_t count = std::min(chunk, total - first);
     if (k > 0) {
-      stream.launch_large<NetArrays<C>>("pointconv_weights", pointconv_weights<C, W>,
-                                        blocks_for(conv.count * k_padded, block_edges), kNetThreads,
+      stream.launch_large<NetArrays<C>>("pointconv_weights", pointconv_weights<C, T>,
+                                        blocks_for(count * k_padded, block_edges), kNetThreads,
                                         edges, layout, static_cast<const C*>(net.const_data_ptr()),
-                                        block_edges, first, conv.count, weights);
+                                        block_edges, first, count, weights);
     }
-    conv.out = static_cast<T*>(out.mutable_data_ptr()) + first * out.size(2);
+    const PointConv<T> conv{first,
+                            count,
+                            centres_each,
+                            channels,
+                            m,
+                            static_cast<const T*>(read_features.const_data_ptr()),
+                            grouped ? k : points,
+                            pitch,
+                            grouped,
+                            weights,
+                            optional_data<const T>(read_linear),
+                            out.size(2),
+                            optional_data<const T>(bias),
+                            static_cast<T*>(out.mutable_data_ptr()) + first * out.size(2)};
     if constexpr (kPlain) {
       launch_plain_sums<T>(stream, conv, has_linear, linear, sums);
     } else {
