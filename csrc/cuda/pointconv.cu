@@ -37,8 +37,9 @@ constexpr int kNetPiece = 8;    // outputs that a thread has at once, of two edg
 template <class C>
 constexpr int kNetValues = 16384 / sizeof(C);
 
-// Of a chunk of centres the weights [centres, m, k], and each edge's row of features [centres, k],
-// or -1 for none. Both are padded, with zeros and with -1, to what the sums read at once.
+// Of a chunk of centres the weights [centres, m, k], and each edge's row of the chunk's features
+// [centres, k], or -1 for none. Both are padded, with zeros and with -1, to what the sums read at
+// once.
 template <class T>
 struct Weights {
   int k, m;
@@ -46,8 +47,10 @@ struct Weights {
   int* rows;
 };
 
+// Those of a chunk of centres.
 template <class C>
 struct Edges {
+  int64_t first, count;  // centres
   const C* xyz;
   const C* centres;
   const int64_t* neighbours;
@@ -69,37 +72,43 @@ struct NetArrays {
   SharedArray<C, kNetEdges> scales;
 };
 
-// How many edges a block has of a net whose layers are up to so wide.
+// The logarithm of how many edges a block has of a net whose layers are up to so wide: a power of
+// two, so that no division tells them apart.
 template <class C>
-constexpr int net_edges(int width) {
-  return std::min(kNetEdges, kNetValues<C> / (width <= 16 ? 16 : width <= 32 ? 32 : 64));
+int net_log_edges(int width) {
+  int log = 0;
+  while (2 << log <= kNetEdges && width << (log + 1) <= kNetValues<C>) ++log;
+  return log;
 }
 
-// A block has `edges` of the chunk's padded edges. `first` is the chunk's first centre.
+// A block has 2^log_edges of the chunk's padded edges.
 template <class C, class T>
-__global__ void __launch_bounds__(kNetThreads)
-    pointconv_weights(Edges<C> in, NetLayout layout, const C* net, int edges, int64_t first,
-                      int64_t count, Weights<T> out) {
+__global__ void __launch_bounds__(kNetThreads, sizeof(C) == 4 ? 4 : 2)
+    pointconv_weights(Edges<C> in, NetLayout layout, const C* net, int log_edges, Weights<T> out) {
   auto& arrays = large_shared<NetArrays<C>>();
   const int thread = threadIdx.x;
   const int dims = layout.dims;
+  const int edges = 1 << log_edges;
+  const int64_t first_cloud = in.first / in.centres_each;
 
   for (int edge = thread; edge < edges; edge += kNetThreads) {
     const int64_t flat = int64_t{blockIdx.x} * edges + edge;
     const int64_t own = flat / out.k;
     const int k = static_cast<int>(flat - own * out.k);
-    const int64_t centre = first + own;
+    const int64_t centre = in.first + own;
     int64_t row = -1;
-    if (own < count && k < in.k) {
+    if (own < in.count && k < in.k) {
       row = in.neighbours[centre * in.k + k];
       if (row >= in.points) row = -1;
     }
-    const int64_t cloud = own < count ? centre / in.centres_each : 0;
-    arrays.points[edge] = row < 0 ? -1 : (cloud * in.points + row) * dims;
+    const bool exists = row >= 0;
+    const int64_t cloud = exists ? centre / in.centres_each : 0;
+    const int64_t listed = in.grouped ? own * in.k + k : (cloud - first_cloud) * in.points + row;
+    arrays.points[edge] = exists ? (cloud * in.points + row) * dims : -1;
     arrays.centres[edge] = centre * dims;
-    arrays.places[edge] = own < count ? own * out.m * out.k + k : -1;
-    arrays.scales[edge] = row < 0 ? C{0} : in.scale == nullptr ? C{1} : in.scale[centre * in.k + k];
-    if (own < count) out.rows[flat] = static_cast<int>(row < 0 || !in.grouped ? row : k);
+    arrays.places[edge] = own < in.count ? own * out.m * out.k + k : -1;
+    arrays.scales[edge] = exists && in.scale != nullptr ? in.scale[centre * in.k + k] : C{1};
+    if (own < in.count) out.rows[flat] = exists ? static_cast<int>(listed) : -1;
   }
   sync_block();
   const auto coordinate = [&](int edge, int d) {
@@ -127,13 +136,12 @@ __global__ void __launch_bounds__(kNetThreads)
       }
       if (l == 0) {
         for (int i = thread; i < inputs * edges; i += kNetThreads) {
-          from[i] = coordinate(i % edges, begin + i / edges);
+          from[i] = coordinate(i & (edges - 1), begin + (i >> log_edges));
         }
       }
       sync_block();
-      const int pairs = edges / 2;
-      for (int item = thread; item < pairs * outputs / kNetPiece; item += kNetThreads) {
-        const int edge = item % pairs * 2, o = item / pairs * kNetPiece;
+      for (int item = thread; item < edges / 2 * (outputs / kNetPiece); item += kNetThreads) {
+        const int edge = item * 2 & (edges - 1), o = (item * 2 >> log_edges) * kNetPiece;
         Vector<C, 2> sums[kNetPiece];
 #pragma unroll
         for (int j = 0; j < kNetPiece; ++j) {
@@ -168,15 +176,14 @@ __global__ void __launch_bounds__(kNetThreads)
     current ^= 1;
   }
 
-  for (int i = thread; i < out.m * edges; i += kNetThreads) {
-    const int edge = i % edges, m = i / edges;
+  for (int i = thread; i < out.m << log_edges; i += kNetThreads) {
+    const int edge = i & (edges - 1), m = i >> log_edges;
     const int64_t place = arrays.places[edge];
     if (place < 0) continue;
     C value = 0;
     if (m < layout.width && arrays.points[edge] >= 0) {
-      value =
-          (layout.layers == 0 ? coordinate(edge, m) : arrays.values[current][m * edges + edge]) *
-          arrays.scales[edge];
+      value = (layout.layers == 0 ? coordinate(edge, m) : arrays.values[current][i]) *
+              arrays.scales[edge];
     }
     out.values[place + int64_t{m} * out.k] = static_cast<T>(value);
   }
@@ -187,23 +194,15 @@ __global__ void __launch_bounds__(kNetThreads)
 // What a chunk's sums and the linear map are made of.
 template <class T>
 struct PointConv {
-  int64_t first, count;  // centres
-  int64_t centres_each;
+  int64_t count;  // centres
   int64_t channels, m;
-  const T* features;  // [clouds, rows, pitch], or where they are grouped [centres, rows, pitch]
-  int64_t rows, pitch;
-  bool grouped;
+  const T* features;  // [rows, pitch]
+  int pitch;
   Weights<T> weights;
   const T* linear;  // [outputs, channels, m]; in 16 bits [outputs, pitch, weights.m]
   int64_t outputs;
   const T* bias;  // or null
   T* out;         // [centres, outputs], or without linear [centres, channels, m]
-
-  // Those of the chunk's centre.
-  FASTZOO_DEVICE const T* features_of(int64_t own) const {
-    const int64_t centre = first + own;
-    return features + (grouped ? centre : centre / centres_each) * rows * pitch;
-  }
 };
 
 // [rows, channels, m] with zeros to the sizes of `out`, which the matrix units read.
@@ -242,6 +241,12 @@ constexpr int kSlabPitch = kSlabDepth + 8;
 FASTZOO_DEVICE uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffffu) | b << 16; }
 FASTZOO_DEVICE uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000u); }
 
+// n elements of 16 bits, as the matrix units take them: two to a register.
+template <int n, class T>
+FASTZOO_DEVICE Vector<uint32_t, n / 2> load_pairs(const T* address) {
+  return load_vector<n / 2>(reinterpret_cast<const uint32_t*>(address));
+}
+
 template <class T>
 FASTZOO_DEVICE Vector<uint16_t, 2> bits_of(float a, float b) {
   return {T(a).x, T(b).x};
@@ -258,7 +263,7 @@ FASTZOO_DEVICE void sum_chunk(const PointConv<T>& conv, int64_t own, int64_t cha
   constexpr int kLaneEdges = 4;
   const int lane = threadIdx.x % kWarpSize;
   const int group = lane / 4, turn = lane % 4;
-  const T* features = conv.features_of(own) + channel + group * kLaneChannels;
+  const T* features = conv.features + channel + group * kLaneChannels;
   const bool exists = channel + group * kLaneChannels < conv.pitch;
   const int k_padded = conv.weights.k;
   const int* rows = conv.weights.rows + own * k_padded + turn * kLaneEdges;
@@ -272,17 +277,15 @@ FASTZOO_DEVICE void sum_chunk(const PointConv<T>& conv, int64_t own, int64_t cha
     Vector<uint32_t, 2> gathered[kLaneEdges];
 #pragma unroll
     for (int e = 0; e < kLaneEdges; ++e) {
-      Vector<T, kLaneChannels> piece{};
+      gathered[e] = {};
       if (exists && edge_rows[e] >= 0) {
-        piece = load_vector<kLaneChannels>(features + edge_rows[e] * conv.pitch);
+        gathered[e] = load_pairs<kLaneChannels>(features + int64_t{edge_rows[e]} * conv.pitch);
       }
-      gathered[e] = math::bits_as<Vector<uint32_t, 2>>(piece);
     }
     Vector<uint32_t, 2> b[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      b[half] = math::bits_as<Vector<uint32_t, 2>>(
-          load_vector<kLaneEdges>(weights + int64_t{half} * 8 * k_padded + k));
+      b[half] = load_pairs<kLaneEdges>(weights + int64_t{half} * 8 * k_padded + k);
     }
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
@@ -354,14 +357,14 @@ class LinearFetch {
  public:
   // From one output and channel on, and of its weights from m on.
   FASTZOO_DEVICE void fetch(const PointConv<T>& conv, int64_t output, int64_t channel, int m) {
-    const int64_t step = conv.pitch * conv.weights.m;
+    const int64_t step = int64_t{conv.pitch} * conv.weights.m;
     const T* from = conv.linear + (output + row(0)) * step +
                     (channel + depth() / kUnitM) * conv.weights.m + m + depth() % kUnitM;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       pieces_[i] = {};
       if (output + row(i) < conv.outputs) {
-        pieces_[i] = load_vector<kPiece>(from + i * (threads / kRowPieces) * step);
+        pieces_[i] = load_pairs<kPiece>(from + i * (threads / kRowPieces) * step);
       }
     }
   }
@@ -379,7 +382,7 @@ class LinearFetch {
   }
   FASTZOO_DEVICE static int depth() { return threadIdx.x % kRowPieces * kPiece; }
 
-  Vector<T, kPiece> pieces_[kParts];
+  Vector<uint32_t, kPiece / 2> pieces_[kParts];
 };
 
 // A block has `centres` centres, and the kTileOutputs outputs from blockIdx.y on.
@@ -474,7 +477,6 @@ __global__ void __launch_bounds__(kSumsThreads) pointconv_plain_sums(PointConv<C
   __shared__ SharedArray<int, kPlainEdges> rows;
   const int thread = threadIdx.x;
   const int64_t own = blockIdx.x;
-  const C* features = conv.features_of(own);
   const int k_padded = conv.weights.k, m_padded = conv.weights.m;
   const int pieces = m_padded / kPlainPiece;
   const int64_t items = conv.channels * pieces;
@@ -499,7 +501,7 @@ __global__ void __launch_bounds__(kSumsThreads) pointconv_plain_sums(PointConv<C
       if (item >= items) continue;
       for (int edge = 0; edge < edges; ++edge) {
         if (rows[edge] < 0) continue;
-        const C feature = features[rows[edge] * conv.pitch + channel];
+        const C feature = conv.features[int64_t{rows[edge]} * conv.pitch + channel];
         const auto weight = weights.template load<kPlainPiece>(edge * m_padded + m);
 #pragma unroll
         for (int j = 0; j < kPlainPiece; ++j) {
@@ -608,16 +610,20 @@ void convolve(const Tensor& xyz, const Tensor& features, const Tensor& centres,
   const int64_t k = neighbours.size(2);
   const int64_t m = layout.width;
   const int64_t total = neighbours.size(0) * centres_each;
-  const int64_t chunk = std::min(total, kChunkCentres);
+  // The rows of features of a chunk are numbered in 32 bits; it may touch two clouds in part.
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  const int64_t fitting = grouped ? kMost / std::max(k, int64_t{1})
+                                  : (kMost / std::max(points, int64_t{1}) - 2) * centres_each;
+  STD_TORCH_CHECK(fitting > 0 && k < kMost / 2 && channels < kMost / 2,
+                  "fastzoo: pointconv: fewer points, neighbours or channels expected than ", points,
+                  ", ", k, " and ", channels);
+  const int64_t chunk = std::min({total, kChunkCentres, fitting});
   const int64_t pitch = kPlain ? channels : round_up(channels, kChannelPiece);
   const int64_t k_padded = kPlain ? k : round_up(k, kUnitK);
   const int64_t m_padded = round_up(m, kPlain ? kPlainPiece : kUnitM);
-  STD_TORCH_CHECK(std::max(k_padded, points) <= std::numeric_limits<int32_t>::max(),
-                  "fastzoo: pointconv: fewer than 2^31 points and neighbours expected");
-
   Tensor read_features = features, read_linear = linear;
   if constexpr (!kPlain) {
-    const int64_t rows = total == 0 ? 0 : grouped ? total * k : features.size(0) * points;
+    const int64_t rows = grouped ? total * k : features.size(0) * points;
     read_features = padded<T>(stream, features, rows, channels, 1, pitch, 1);
     if (has_linear) {
       read_linear = padded<T>(stream, linear, linear.size(0), channels, m, pitch, m_padded);
@@ -630,40 +636,40 @@ void convolve(const Tensor& xyz, const Tensor& features, const Tensor& centres,
   const Weights<T> weights{static_cast<int>(k_padded), static_cast<int>(m_padded),
                            static_cast<T*>(values.mutable_data_ptr()),
                            static_cast<int*>(rows.mutable_data_ptr())};
-  const Edges<C> edges{static_cast<const C*>(xyz.const_data_ptr()),
-                       static_cast<const C*>(centres.const_data_ptr()),
-                       static_cast<const int64_t*>(neighbours.const_data_ptr()),
-                       optional_data<const C>(scale),
-                       points,
-                       centres_each,
-                       k,
-                       grouped};
 
   int widest = std::min(layout.dims, math::kNetWidth);
   for (int l = 0; l < layout.layers; ++l) widest = std::max(widest, layout.layer[l].out);
-  const int block_edges = net_edges<C>(widest);
+  const int log_edges = net_log_edges<C>(static_cast<int>(round_up(widest, kNetPiece)));
   for (int64_t first = 0; first < total; first += chunk) {
     const int64_t count = std::min(chunk, total - first);
+    const int64_t first_row = grouped ? first * k : first / centres_each * points;
+    const Edges<C> edges{first,
+                         count,
+                         static_cast<const C*>(xyz.const_data_ptr()),
+                         static_cast<const C*>(centres.const_data_ptr()),
+                         static_cast<const int64_t*>(neighbours.const_data_ptr()),
+                         optional_data<const C>(scale),
+                         points,
+                         centres_each,
+                         k,
+                         grouped};
     if (k > 0) {
-      stream.launch_large<NetArrays<C>>("pointconv_weights", pointconv_weights<C, T>,
-                                        blocks_for(count * k_padded, block_edges), kNetThreads,
-                                        edges, layout, static_cast<const C*>(net.const_data_ptr()),
-                                        block_edges, first, count, weights);
+      stream.launch_large<NetArrays<C>>(
+          "pointconv_weights", pointconv_weights<C, T>,
+          blocks_for(count * k_padded, int64_t{1} << log_edges), kNetThreads, edges, layout,
+          static_cast<const C*>(net.const_data_ptr()), log_edges, weights);
     }
-    const PointConv<T> conv{first,
-                            count,
-                            centres_each,
-                            channels,
-                            m,
-                            static_cast<const T*>(read_features.const_data_ptr()),
-                            grouped ? k : points,
-                            pitch,
-                            grouped,
-                            weights,
-                            optional_data<const T>(read_linear),
-                            out.size(2),
-                            optional_data<const T>(bias),
-                            static_cast<T*>(out.mutable_data_ptr()) + first * out.size(2)};
+    const PointConv<T> conv{
+        count,
+        channels,
+        m,
+        static_cast<const T*>(read_features.const_data_ptr()) + first_row * pitch,
+        static_cast<int>(pitch),
+        weights,
+        optional_data<const T>(read_linear),
+        out.size(2),
+        optional_data<const T>(bias),
+        static_cast<T*>(out.mutable_data_ptr()) + first * out.size(2)};
     if constexpr (kPlain) {
       launch_plain_sums<T>(stream, conv, has_linear, linear, sums);
     } else {
