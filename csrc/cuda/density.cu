@@ -70,6 +70,11 @@ struct Density {
   C* parts;  // [shares, queries]
 };
 
+template <class C>
+FASTZOO_DEVICE C square(C x) {
+  return x * x;
+}
+
 template <DensityKernel kernel, class C>
 FASTZOO_DEVICE C profile(C u) {
   if constexpr (kernel == DensityKernel::gaussian) {
@@ -150,12 +155,9 @@ __global__ void __launch_bounds__(kThreads) density_scan(Density<C> density) {
           for (int i = 0; i < kQueriesEach; ++i) {
 #pragma unroll
             for (int j = 0; j < kPiece; ++j) {
-              C distance = 0;
+              C distance = square(query[i][0] - point[0][j]);
 #pragma unroll
-              for (int d = 0; d < kFewDims; ++d) {
-                const C difference = query[i][d] - point[d][j];
-                distance += difference * difference;
-              }
+              for (int d = 1; d < kFewDims; ++d) distance += square(query[i][d] - point[d][j]);
               tile_sums[i] =
                   fused_multiply_add(weight[j], profile<kernel>(scale[j] * distance), tile_sums[i]);
             }
@@ -183,10 +185,8 @@ struct DistanceScheme : FusedScheme<C> {
   template <class Left, class Right>
   FASTZOO_DEVICE static void multiply_add(Left& left, Right& right,
                                           typename FusedScheme<C>::Products& distances) {
-    FusedScheme<C>::accumulate(left, right, distances, [](C a, C b, C sum) {
-      const C difference = a - b;
-      return sum + difference * difference;
-    });
+    FusedScheme<C>::accumulate(left, right, distances,
+                               [](C a, C b, C sum) { return sum + square(a - b); });
   }
 };
 
