@@ -7,9 +7,11 @@
 //     declare 48 KiB; Stream::launch_large<Arrays> makes the room
 //   sync_block(), sync_warp(mask)
 //   shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot, any, all     (value, ..., mask)
-//   atomic_add, atomic_max, atomic_exchange, load_volatile, thread_fence, wait_for_other_block
+//   warp_min(x): the least of a whole warp's 32-bit numbers
+//   atomic_add, atomic_max, atomic_exchange, atomic_compare_exchange(address, expected, value)
+//   load_volatile, thread_fence, wait_for_other_block
 //   load_vector<n>(p), store_vector(p, vector): whole 16-byte (or one 4- or 8-byte) accesses
-//   fused_multiply_add, population_count
+//   fused_multiply_add, population_count, lowest_bit(bits): its place, of bits that are not 0
 //   fast_exponential(x): of a float relatively within 2^-22 + |x| 2^-23, and 0 below 2^-126
 //   kManyBlocks: as many as keep a large device busy
 //   a.load_matrices(i), mma<type>(sums, a, b): products of small matrices, by the whole warp
