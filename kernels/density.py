@@ -7,7 +7,7 @@ parts in double. Sums are float32 over few terms, and double over those.
   gradient  of the queries; or of the points, their scales and weights: the other way round
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -283,7 +283,7 @@ def kernel_density(
     longest: int,
     kernel: str,
 ) -> torch.Tensor:
-    """At each query the sum over its cloud's points of weight * kernel(scale * squared distance)."""
+    """At each query, its cloud's points' sum of weight * kernel(scale * squared distance)."""
     (rows, dims), clouds = queries.shape, len(ranges1)
     tile = _tile(TILES, generation(queries), scale.itemsize)
     tiles, programs, parts = _grid(tile, clouds, longest, len(points))

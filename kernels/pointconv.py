@@ -1,4 +1,4 @@
-"""PointConv: features of neighbours, weighted by a small network of their places, and its gradients.
+"""PointConv: features of neighbours, weighted by a network of their places, and its gradients.
 
 Everything goes by chunks of centres, so that no tensor of all edges' features is ever held. The
 products with the last layer are torch's, which fill the matrix units; a chunk of what they read is
@@ -7,7 +7,7 @@ small enough for the cache.
   weights        the network's outputs for edges
   aggregate      the features of a centre's neighbours, times their weights
   edge gradient  of the weights and of the features, by edge
-  net gradient   through the network: its parameters in parts that torch adds up, coordinates by edge
+  net gradient   of the network's parameters, in parts that torch adds up; of coordinates, by edge
   moments        sums and products of the network's outputs, in double, in parts
 
 An edge is a centre's k-th neighbour, its row the point among those of all clouds. A layer's outputs
@@ -34,14 +34,6 @@ PARTS = {INTERPRETER: 2, 8: 1024, 9: 2048, 10: 2048}
 MOMENT_PARTS = {INTERPRETER: 2, 8: 216, 9: 264, 10: 296}
 
 SMALLEST = 16  # side that a product takes
-
-
-class Tile(NamedTuple):
-    """Edges of a tile, how many of a centre's, and channels."""
-
-    edges: int
-    neighbours: int
-    channels: int
 
 
 @triton.jit
@@ -304,10 +296,9 @@ def _net_gradient_kernel(
             if scale is not None:
                 tl.store(grad_scale + edge, tl.sum(g * above, axis=1), mask=inside)
                 g *= tl.load(scale + edge, mask=there, other=0.0)[:, None]
-        if LAYERS == 0:
-            if grad_coordinates is not None:
-                at = grad_coordinates + edge[:, None] * DIMS + lane[None, :]
-                tl.store(at, g, mask=inside[:, None] & within[None, :])
+        if LAYERS == 0 and grad_coordinates is not None:
+            at = grad_coordinates + edge[:, None] * DIMS + lane[None, :]
+            tl.store(at, g, mask=inside[:, None] & within[None, :])
         for step in tl.static_range(LAYERS):
             i = LAYERS - 1 - step
             out = tl.arange(0, PADDED[i + 1])
@@ -444,7 +435,7 @@ def _network(dims: int, widths: list[int]) -> dict[str, Any]:
     """Widths from the coordinates up, as padded, and where each layer's parameters begin."""
     all_widths = (dims, *widths)
     offsets = [0]
-    for below, width in zip(all_widths, widths):
+    for below, width in zip(all_widths[:-1], widths, strict=True):
         offsets.append(offsets[-1] + (below + 1) * width)
     return {
         "WIDTHS": all_widths,
