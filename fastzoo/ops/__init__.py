@@ -12,8 +12,18 @@ from fastzoo.ops.boxes import (
     generalized_box_iou_loss,
 )
 from fastzoo.ops.contrastive import clip_loss, info_nce, nt_xent, sigmoid_contrastive_loss
+from fastzoo.ops.density import (
+    inverse_density_scale,
+    kernel_density,
+)
 from fastzoo.ops.detections import Detections, multiclass_nms, peak_nms
 from fastzoo.ops.margin_softmax import margin_softmax_logits, margin_softmax_loss
+from fastzoo.ops.neighbours import (
+    ball_query,
+    knn_gather,
+    knn_points,
+    three_nn,
+)
 from fastzoo.ops.nms import (
     batched_nms,
     matrix_nms,
@@ -23,6 +33,19 @@ from fastzoo.ops.nms import (
     nms_rotated,
     soft_nms,
     weighted_nms,
+)
+from fastzoo.ops.pointconv import (
+    edge_features,
+    group_points,
+    neighbour_reduce,
+    pointconv,
+    pointconv_moments,
+    three_interpolate,
+)
+from fastzoo.ops.sampling import (
+    grid_subsample,
+    sample_farthest_points,
+    voxel_grid,
 )
 from fastzoo.ops.vq import vq_ema_update_, vq_nearest, vq_quantize, vq_statistics
 from fastzoo.reference.detections import Deltas, Distances, Grid
@@ -38,9 +61,16 @@ from fastzoo.reference.margins import (
     Plain,
     SphereFace,
 )
+from fastzoo.reference.neighbours import (
+    KNN,
+)
+from fastzoo.reference.sampling import (
+    GridSubsample,
+)
 from fastzoo.reference.vq import VQOutput
 
 __all__ = [
+    "KNN",
     "AdaFace",
     "ArcFace",
     "Combined",
@@ -50,6 +80,7 @@ __all__ = [
     "Detections",
     "Distances",
     "Grid",
+    "GridSubsample",
     "KMeansOutput",
     "LSoftmax",
     "MagFace",
@@ -57,6 +88,7 @@ __all__ = [
     "Plain",
     "SphereFace",
     "VQOutput",
+    "ball_query",
     "batched_nms",
     "box_iou",
     "box_iou_rotated",
@@ -65,22 +97,36 @@ __all__ = [
     "complete_box_iou_loss",
     "distance_box_iou",
     "distance_box_iou_loss",
+    "edge_features",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "grid_subsample",
+    "group_points",
     "info_nce",
+    "inverse_density_scale",
+    "kernel_density",
     "kmeans",
+    "knn_gather",
+    "knn_points",
     "margin_softmax_logits",
     "margin_softmax_loss",
     "matrix_nms",
     "multiclass_nms",
+    "neighbour_reduce",
     "nms",
     "nms_1d",
     "nms_match",
     "nms_rotated",
     "nt_xent",
     "peak_nms",
+    "pointconv",
+    "pointconv_moments",
+    "sample_farthest_points",
     "sigmoid_contrastive_loss",
     "soft_nms",
+    "three_interpolate",
+    "three_nn",
+    "voxel_grid",
     "vq_ema_update_",
     "vq_nearest",
     "vq_quantize",

@@ -21,6 +21,12 @@ from fastzoo.reference.contrastive import (
     nt_xent,
     sigmoid_contrastive_loss,
 )
+from fastzoo.reference.density import (
+    inverse_density_scale,
+    kernel_density,
+    kernel_density_backward,
+    kernel_density_rows,
+)
 from fastzoo.reference.detections import multiclass_nms, peak_nms
 from fastzoo.reference.margin_softmax import (
     margin_softmax_logits,
@@ -32,7 +38,36 @@ from fastzoo.reference.margin_softmax import (
     margin_softmax_target,
     margin_softmax_target_backward,
 )
+from fastzoo.reference.neighbours import (
+    ball_query,
+    knn_gather,
+    knn_points,
+    neighbour_search,
+    neighbour_search_backward,
+)
 from fastzoo.reference.nms import batched_nms, matrix_nms, nms, soft_nms, suppress, vote
+from fastzoo.reference.pointconv import (
+    edge_features,
+    group_points,
+    neighbour_reduce,
+    neighbour_reduce_backward,
+    neighbour_reduce_rows,
+    pointconv,
+    pointconv_backward,
+    pointconv_edges,
+    pointconv_moments,
+    pointconv_moments_backward,
+    pointconv_moments_edges,
+    three_interpolate,
+    three_nn,
+)
+from fastzoo.reference.sampling import (
+    farthest_points,
+    grid_subsample,
+    sample_farthest_points,
+    voxel_grid,
+    voxel_grid_rows,
+)
 from fastzoo.reference.vq import (
     vq_nearest,
     vq_nearest_backward,
@@ -43,6 +78,7 @@ from fastzoo.reference.vq import (
 )
 
 __all__ = [
+    "ball_query",
     "batched_nms",
     "box_iou",
     "box_iou_rotated",
@@ -55,9 +91,19 @@ __all__ = [
     "contrastive_backward",
     "distance_box_iou",
     "distance_box_iou_loss",
+    "edge_features",
+    "farthest_points",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "grid_subsample",
+    "group_points",
     "info_nce",
+    "inverse_density_scale",
+    "kernel_density",
+    "kernel_density_backward",
+    "kernel_density_rows",
+    "knn_gather",
+    "knn_points",
     "margin_softmax_logits",
     "margin_softmax_loss",
     "margin_softmax_negatives",
@@ -68,14 +114,30 @@ __all__ = [
     "margin_softmax_target_backward",
     "matrix_nms",
     "multiclass_nms",
+    "neighbour_reduce",
+    "neighbour_reduce_backward",
+    "neighbour_reduce_rows",
+    "neighbour_search",
+    "neighbour_search_backward",
     "nms",
     "nt_xent",
     "peak_nms",
+    "pointconv",
+    "pointconv_backward",
+    "pointconv_edges",
+    "pointconv_moments",
+    "pointconv_moments_backward",
+    "pointconv_moments_edges",
+    "sample_farthest_points",
     "sigmoid_contrastive_loss",
     "soft_nms",
     "suppress",
+    "three_interpolate",
+    "three_nn",
     "to_corners",
     "vote",
+    "voxel_grid",
+    "voxel_grid_rows",
     "vq_nearest",
     "vq_nearest_backward",
     "vq_quantize",
