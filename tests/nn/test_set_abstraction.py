@@ -173,13 +173,15 @@ def test_feature_propagation(coarse: int, skip: bool) -> None:
 def test_interpolation_of_constants_and_at_the_points() -> None:
     from fastzoo.nn.set_abstraction import interpolate
 
-    fine, coarse = (t.transpose(1, 2).float() for t in (cloud()[0], cloud(1, 20)[0]))
-    constant = torch.full((2, 20, 3), 0.7)
+    fine = cloud()[0].transpose(1, 2).float()
+    lattice = torch.cartesian_prod(*[torch.tensor([0.0, 0.5, 1.0])] * 3).expand(2, -1, -1)
+    constant = torch.full((2, 27, 3), 0.7)
     torch.testing.assert_close(
-        interpolate(fine, coarse, constant), torch.full((2, 40, 3), 0.7), rtol=2e-7, atol=0
+        interpolate(fine, lattice, constant), torch.full((2, 40, 3), 0.7), rtol=2e-7, atol=0
     )
-    features = torch.randn(2, 20, 3)
-    torch.testing.assert_close(interpolate(coarse, coarse, features), features, rtol=0, atol=1e-5)
+    features = torch.randn(2, 27, 3)
+    found = interpolate(lattice, lattice, features)
+    torch.testing.assert_close(found, features, rtol=0, atol=1e-6)
 
 
 def test_a_running_average_over_all_steps() -> None:
