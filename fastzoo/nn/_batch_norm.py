@@ -19,14 +19,20 @@ from fastzoo.reference.precision import compute_dtype
 _ROWS = 8192
 
 Layer = tuple[Tensor, Tensor]
+Stage = tuple[nn.Module, _BatchNorm]
 
 
 class Moments(NamedTuple):
-    """Of some vectors: their mean ``[C]``, covariance ``[C, C]`` or variance ``[C]``, and number."""
+    """Of some vectors: mean ``[C]``, covariance ``[C, C]`` or variance ``[C]``, and number."""
 
     mean: Tensor
     spread: Tensor
-    count: Tensor
+    number: Tensor
+
+
+def stages(convs: nn.ModuleList, norms: nn.ModuleList) -> list[Stage]:
+    """Layers, each with the normalisation after it."""
+    return list(zip(convs, norms, strict=True))  # type: ignore[arg-type]
 
 
 def uses_batch(norm: _BatchNorm) -> bool:
@@ -38,7 +44,8 @@ def scale_and_shift(norm: _BatchNorm, batch: Moments | None) -> Layer:
     """What ``norm`` does: ``z * scale + shift``, by the mean and variance of z in the batch, which
     enter the running ones; None where :func:`uses_batch` says that only those count."""
     if batch is None:
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         mean, variance = norm.running_mean, norm.running_var
     else:
         mean, variance, count = batch
@@ -53,7 +60,8 @@ def scale_and_shift(norm: _BatchNorm, batch: Moments | None) -> Layer:
 
 @torch.no_grad()
 def _track(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     share: Any = norm.momentum
@@ -73,7 +81,7 @@ def fold(conv: nn.Module, norm: _BatchNorm, inputs: Moments | None) -> Layer:
             mean, covariance = (t.to(weight.dtype) for t in inputs[:2])
             outputs = (weight * mean).sum(1) + bias
             variance = ((weight @ covariance) * weight).sum(1).clamp(min=0)
-            batch = Moments(outputs, variance, inputs.count)
+            batch = Moments(outputs, variance, inputs.number)
         scale, shift = scale_and_shift(norm, batch)
         return weight * scale[:, None], bias * scale + shift
 
@@ -100,11 +108,11 @@ def moments(rows: Tensor, valid: Tensor | None = None) -> Moments:
 
 def together(parts: list[Moments]) -> Moments:
     """The moments, with a covariance, of all the vectors of which ``parts`` are the moments."""
-    count = torch.stack([part.count for part in parts]).sum()
+    count = torch.stack([part.number for part in parts]).sum()
     total = count.clamp(min=1)
-    mean = torch.stack([part.mean * (part.count / total) for part in parts]).sum(0)
+    mean = torch.stack([part.mean * (part.number / total) for part in parts]).sum(0)
     spreads = [
-        (part.spread + torch.outer(part.mean - mean, part.mean - mean)) * (part.count / total)
+        (part.spread + torch.outer(part.mean - mean, part.mean - mean)) * (part.number / total)
         for part in parts
     ]
     return Moments(mean, torch.stack(spreads).sum(0), count)
@@ -116,12 +124,16 @@ class _Moments(torch.autograd.Function):
         ctx: Any, rows: Tensor, valid: Tensor | None, count: Tensor
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(rows)
-        marks = [None] * -(-len(rows) // _ROWS) if valid is None else valid[:, None].split(_ROWS)
+        chunks: list[Any] = [(part, None) for part in rows.split(_ROWS)]
+        if valid is not None:
+            marks = valid[:, None].split(_ROWS)
+            chunks = [(part, mark) for (part, _), mark in zip(chunks, marks, strict=True)]
         mean = rows.new_zeros(rows.shape[1], dtype=torch.float64)
         covariance = rows.new_zeros(2 * (rows.shape[1],), dtype=torch.float64)
-        chunks = list(zip(rows.split(_ROWS), marks, strict=False))
         for part, mark in chunks:
-            mean += (part if mark is None else torch.where(mark, part, 0)).sum(0, dtype=torch.float64)
+            mean += (part if mark is None else torch.where(mark, part, 0)).sum(
+                0, dtype=torch.float64
+            )
         mean = (mean / count).to(dtype)
         with torch.autocast(rows.device.type, enabled=False):
             for part, mark in chunks:
@@ -136,7 +148,9 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_spread: Tensor) -> tuple[Tensor, None, None]:
         rows, valid, count, mean = ctx.saved_tensors
         both = (grad_spread + grad_spread.T) / count.to(mean.dtype)
-        grad = torch.addmm(grad_mean / count.to(mean.dtype) - mean @ both, rows.to(mean.dtype), both)
+        grad = torch.addmm(
+            grad_mean / count.to(mean.dtype) - mean @ both, rows.to(mean.dtype), both
+        )
         if valid is not None:
             grad = torch.where(valid[:, None], grad, 0)
         return grad.to(rows.dtype), None, None

@@ -19,6 +19,7 @@ from fastzoo import ops
 from fastzoo.nn._batch_norm import (
     Layer,
     Moments,
+    Stage,
     fold,
     moments,
     scale_and_shift,
@@ -73,32 +74,30 @@ def moments_of_sums(points: Tensor, centres: Tensor, neighbours: Tensor) -> Mome
     # Each about its own mean, in double: the two nearly cancel where neighbourhoods are small.
     points, centres = points - point_mean, centres - centre_mean
     sums = ops.neighbour_reduce(points, neighbours, reduce="sum")
-    squares = (uses * points.square()).sum((0, 1)) + (
-        centres * (edges * centres + 2 * sums)
-    ).sum((0, 1))
+    squares = (uses * points.square()).sum((0, 1)) + (centres * (edges * centres + 2 * sums)).sum(
+        (0, 1)
+    )
     return Moments(point_mean + centre_mean, (squares / total).clamp(min=0), count)
 
 
 def normalised_sums(
     points: Tensor, centres: Tensor, neighbours: Tensor, norm: _BatchNorm
 ) -> tuple[Tensor, Tensor]:
-    """``points`` and ``centres`` whose sums at the edges are those of the given ones, normalised."""
+    """``points`` and ``centres`` whose sums at the edges are those of the given, normalised."""
     batch = None
     if uses_batch(norm):
         mean, variance, count = moments_of_sums(points, centres, neighbours)
         dtype = norm.weight.dtype if norm.weight is not None else points.dtype
         batch = Moments(mean.to(dtype), variance.to(dtype), count)
     scale, shift = scale_and_shift(norm, batch)
-    own = (points * scale).to(points.dtype), (centres * scale + shift).to(centres.dtype)
-    return own
+    return (points * scale).to(points.dtype), (centres * scale + shift).to(centres.dtype)
 
 
 def over_edges(
     points: Tensor,
     centres: Tensor,
     neighbours: Tensor,
-    convs: Sequence[nn.Module],
-    norms: Sequence[_BatchNorm],
+    network: Sequence[Stage],
     finish: Callable[[Tensor, slice], Tensor],
     *,
     slope: float = 0.0,
@@ -110,14 +109,14 @@ def over_edges(
     Args:
         points, centres: ``[B, N, C]`` and ``[B, S, C]``, whose sums at the edges the first layer
             gives.
-        convs, norms: all layers; of the first only the normalisation is left to do.
+        network: its layers; of the first only the normalisation is left to do.
         finish: from ``[B, s, K, O]``, which it may overwrite, and which of the centres these are,
             to ``[B, s, ...]``.
         slope: of the leaky ReLU between layers.
         complete: no neighbour is -1.
         recompute: keep no edges; a backward computes them again, part by part of the centres.
     """
-    points, centres = normalised_sums(points, centres, neighbours, norms[0])
+    points, centres = normalised_sums(points, centres, neighbours, network[0][1])
     valid = None if complete else neighbours >= 0
 
     def edges(part: slice, layers: Sequence[Layer]) -> Tensor:
@@ -126,18 +125,17 @@ def over_edges(
             z = F.linear(activate_(z, slope), *layer)
         return z
 
-    later = list(zip(convs[1:], norms[1:], strict=True))
     if not recompute:
         every = slice(None)
         z = edges(every, ())
-        for conv, norm in later:
+        for conv, norm in network[1:]:
             h = activate_(z, slope)
             layer = fold(conv, norm, moments(h, valid) if uses_batch(norm) else None)
             z = F.linear(h, *layer)
         return finish(z, every)
 
     batch, number, k = neighbours.shape
-    step = max(1, _PART // max(1, batch * k * max(norm.num_features for norm in norms)))
+    step = max(1, _PART // max(1, batch * k * max(norm.num_features for _, norm in network)))
     parts = [slice(start, start + step) for start in range(0, max(1, number), step)]
     layers: list[Layer] = []
 
@@ -145,7 +143,7 @@ def over_edges(
         mark = None if valid is None else valid[:, part]
         return tuple(moments(activate_(edges(part, before), slope), mark))
 
-    for conv, norm in later:
+    for conv, norm in network[1:]:
         found = None
         if uses_batch(norm):
             before = tuple(layers)
@@ -163,8 +161,7 @@ def max_over_edges(
     points: Tensor,
     centres: Tensor,
     neighbours: Tensor,
-    convs: Sequence[nn.Module],
-    norms: Sequence[_BatchNorm],
+    network: Sequence[Stage],
     *,
     slope: float = 0.0,
     complete: bool = False,
@@ -176,8 +173,8 @@ def max_over_edges(
     the centre's own part and the greatest of its neighbours'.
     """
     none = None if complete else (neighbours < 0).all(-1, keepdim=True)
-    if len(convs) == 1:
-        points, centres = normalised_sums(points, centres, neighbours, norms[0])
+    if len(network) == 1:
+        points, centres = normalised_sums(points, centres, neighbours, network[0][1])
         z = ops.neighbour_reduce(points, neighbours, reduce="max") + centres
     else:
 
@@ -190,8 +187,7 @@ def max_over_edges(
             points,
             centres,
             neighbours,
-            convs,
-            norms,
+            network,
             greatest,
             slope=slope,
             complete=complete,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzoo import ops
-from fastzoo.nn._batch_norm import weight_and_bias
+from fastzoo.nn._batch_norm import stages, weight_and_bias
 from fastzoo.nn._edge_mlp import centred, max_over_edges
 from fastzoo.ops._checks import check_floating, check_tensor
 
@@ -86,8 +86,7 @@ class EdgeConv(nn.Module):
             points,
             F.linear(x, alone, bias) - points,
             neighbours,
-            self.mlp_convs,
-            self.mlp_bns,
+            stages(self.mlp_convs, self.mlp_bns),
             slope=self.negative_slope,
             complete=complete,
             recompute=self.recompute,

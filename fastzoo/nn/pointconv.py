@@ -1,18 +1,26 @@
 """Convolution over points, whose weights are a function of relative coordinates."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastzoo import ops
-from fastzoo.nn._batch_norm import Layer, Moments, fold, uses_batch, weight_and_bias
+from fastzoo.nn._batch_norm import (
+    Layer,
+    Moments,
+    Stage,
+    fold,
+    stages,
+    uses_batch,
+    weight_and_bias,
+)
 from fastzoo.nn._edge_mlp import over_edges, relative_layer
 from fastzoo.nn.set_abstraction import _Abstraction, interpolate
-from fastzoo.ops._checks import check_choice, check_floating, check_same, check_tensor
+from fastzoo.ops._checks import check_choice, check_floating, check_tensor
 from fastzoo.reference.density import scale_and_volume
 
 Mode = Literal["paper", "compat"]
@@ -20,16 +28,12 @@ _MODES = ("paper", "compat")
 
 
 def _folded(
-    convs: Sequence[nn.Module],
-    norms: Sequence[_BatchNorm],
-    xyz: Tensor,
-    centres: Tensor,
-    neighbours: Tensor,
+    network: Sequence[Stage], xyz: Tensor, centres: Tensor, neighbours: Tensor
 ) -> list[Layer]:
     """The layers with their normalisation over the edges, of which none is kept: each layer's
     moments are a pass over the neighbour lists, which computes the layers before again."""
     net: list[Layer] = []
-    for conv, norm in zip(convs, norms, strict=True):
+    for conv, norm in network:
         inputs = None
         if uses_batch(norm):
             count = (neighbours >= 0).sum(dtype=torch.float64)
@@ -53,15 +57,13 @@ class WeightNet(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channel, *hidden_unit, out_channel]
-        self.mlp_convs = nn.ModuleList(
-            nn.Conv2d(*pair, 1) for pair in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.mlp_convs = nn.ModuleList(nn.Conv2d(*pair, 1) for pair in itertools.pairwise(widths))
         self.mlp_bns = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
 
     def forward(self, xyz: Tensor, centres: Tensor, neighbours: Tensor) -> list[Layer]:
         """Weight and bias of each layer, as :func:`fastzoo.ops.pointconv` takes them: normalised
         over the edges of ``neighbours [B, S, K]`` in training."""
-        return _folded(self.mlp_convs, self.mlp_bns, xyz, centres, neighbours)
+        return _folded(stages(self.mlp_convs, self.mlp_bns), xyz, centres, neighbours)
 
 
 class DensityNet(nn.Module):
@@ -79,9 +81,7 @@ class DensityNet(nn.Module):
         check_choice("mode", mode, _MODES)
         self.mode = mode
         widths = [1, *hidden_unit, 1]
-        self.mlp_convs = nn.ModuleList(
-            nn.Conv1d(*pair, 1) for pair in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.mlp_convs = nn.ModuleList(nn.Conv1d(*pair, 1) for pair in itertools.pairwise(widths))
         normalised = widths[1:] if mode == "compat" else hidden_unit
         self.mlp_bns = nn.ModuleList(nn.BatchNorm1d(width) for width in normalised)
 
@@ -111,7 +111,7 @@ class DensityNet(nn.Module):
         lists = torch.where(neighbours < 0, -1, own).view(1, -1, 1)
         line = scale.reshape(1, -1, 1)
         origin = torch.zeros_like(line)
-        net = _folded(self.mlp_convs[:-1], self.mlp_bns, line, origin, lists)
+        net = _folded(stages(self.mlp_convs[:-1], self.mlp_bns), line, origin, lists)
         x = ops.pointconv(
             line,
             torch.ones_like(line),
@@ -231,7 +231,9 @@ class PointDeConv(nn.Module):
     Source: Wu et al., PointConv (2019), section 3.2.
     """
 
-    def __init__(self, in_channel: int, out_channel: int, nsample: int = 16, **options: Any) -> None:
+    def __init__(
+        self, in_channel: int, out_channel: int, nsample: int = 16, **options: Any
+    ) -> None:
         super().__init__()
         self.conv = PointConv(in_channel, out_channel, nsample, **options)
 
@@ -324,8 +326,7 @@ class PointConvDensitySetAbstraction(_Abstraction):
         found = over_edges(
             *relative_layer(self.mlp_convs[0], coordinates, features, centres),
             neighbours,
-            self.mlp_convs,
-            self.mlp_bns,
+            stages(self.mlp_convs, self.mlp_bns),
             convolve,
             complete=True,
             recompute=self.recompute,

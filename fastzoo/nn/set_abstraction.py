@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzoo import ops
+from fastzoo.nn._batch_norm import stages
 from fastzoo.nn._edge_mlp import max_over_edges, relative_layer
 from fastzoo.ops._checks import check_floating, check_same, check_tensor
 
@@ -132,7 +133,8 @@ class SetAbstraction(_Abstraction):
             neighbours = self._everything(coordinates)
         else:
             centres = self._centres(coordinates)
-            assert self.nsample is not None and self.radius is not None
+            assert self.nsample is not None
+            assert self.radius is not None
             found = ops.ball_query(
                 centres.detach(),
                 coordinates.detach(),
@@ -145,8 +147,7 @@ class SetAbstraction(_Abstraction):
         found = max_over_edges(
             *first,
             neighbours,
-            self.mlp_convs,
-            self.mlp_bns,
+            stages(self.mlp_convs, self.mlp_bns),
             complete=True,
             recompute=self.recompute,
         )

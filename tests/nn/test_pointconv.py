@@ -2,6 +2,7 @@
 over every edge."""
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -84,9 +85,7 @@ def test_steps_are_those_of_the_published_formulas(
         mine = module(Abstraction, 11, 8, channels, MLP, 0.2, group_all, **options)
         if group_all:
             mine.npoint = 1
-        assert_same_steps(
-            mine, copy.deepcopy(mine), published, (xyz, points if featured else None)
-        )
+        assert_same_steps(mine, copy.deepcopy(mine), published, (xyz, points if featured else None))
 
 
 @pytest.mark.parametrize("nsample", [40, 50])
@@ -111,7 +110,7 @@ def test_published_checkpoints_load() -> None:
         ("densitynet.", [1, 8, 8, 1], (1,)),
     ]
     for prefix, widths, kernel in nets:
-        for i, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (inner, outer) in enumerate(itertools.pairwise(widths)):
             names |= layer(f"{prefix}mlp_convs.{i}", outer, inner, *kernel)
             names |= norm(f"{prefix}mlp_bns.{i}", outer)
     mine = Abstraction(512, 32, 6, [64, 64, 128], 0.1, False)
@@ -208,7 +207,8 @@ def test_an_image_is_a_cloud() -> None:
     """With hat functions of the nine offsets as its weights it is a convolution of an image."""
     mine = PointConv(3, 4, 9, 2, hidden=(12,), mid=9, density_hidden=None).eval()
     for norm in mine.weightnet.mlp_bns:
-        assert isinstance(norm, nn.BatchNorm2d) and norm.running_var is not None
+        assert isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_var is not None
         norm.running_var.fill_(1 - norm.eps)
     slopes, cuts = torch.zeros(12, 2), torch.zeros(12)
     corners = torch.zeros(9, 12)
@@ -225,7 +225,8 @@ def test_an_image_is_a_cloud() -> None:
         for conv, (weight, bias) in zip(
             mine.weightnet.mlp_convs, [(slopes, cuts), (corners, torch.ones(9))], strict=True
         ):
-            assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+            assert isinstance(conv, nn.Conv2d)
+            assert conv.bias is not None
             conv.weight.copy_(weight[..., None, None])
             conv.bias.copy_(bias)
         mine.linear.weight.copy_(kernel.flatten(1))
