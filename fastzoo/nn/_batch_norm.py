@@ -32,6 +32,12 @@ class Moments(NamedTuple):
 
 def stages(convs: nn.ModuleList, norms: nn.ModuleList) -> list[Stage]:
     """Layers, each with the normalisation after it."""
+    for norm in norms:
+        if isinstance(norm, nn.SyncBatchNorm):
+            raise TypeError(
+                "SyncBatchNorm: moments are those of this process's points; "
+                "keep nn.BatchNorm in point layers"
+            )
     return list(zip(convs, norms, strict=True))  # type: ignore[arg-type]
 
 
@@ -72,9 +78,11 @@ def _track(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
 
 
 def fold(conv: nn.Module, norm: _BatchNorm, inputs: Moments | None) -> Layer:
-    """Weight ``[O, I]`` and bias ``[O]`` of a layer and the normalisation after it, in one; by the
-    moments of the layer's inputs in the batch, None where :func:`uses_batch` is false."""
+    """Weight ``[O, I]`` and bias ``[O]`` of a layer and the normalisation after it, in one, no
+    narrower than float32; by the moments of the layer's inputs in the batch, None where
+    :func:`uses_batch` is false."""
     weight, bias = weight_and_bias(conv)
+    weight, bias = (t.to(compute_dtype(weight)) for t in (weight, bias))
     with torch.autocast(weight.device.type, enabled=False):
         batch = None
         if inputs is not None:

@@ -6,6 +6,7 @@ one for each centre, added up at the edges. Later layers are folded with their n
 computed again.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,9 +28,19 @@ from fastzoo.nn._batch_norm import (
     uses_batch,
     weight_and_bias,
 )
+from fastzoo.reference.precision import compute_dtype
 
 # Numbers that the edges of one part have in their widest layer, where edges are computed again.
 _PART = 1 << 21
+
+
+Finish = Callable[[Tensor, slice], Tensor]
+
+
+def linear(h: Tensor, layer: Layer) -> Tensor:
+    """A folded layer, in the dtype of what it reads."""
+    weight, bias = layer
+    return F.linear(h, weight.to(h.dtype), bias.to(h.dtype))
 
 
 def activate_(z: Tensor, slope: float) -> Tensor:
@@ -86,9 +97,9 @@ def normalised_sums(
     """``points`` and ``centres`` whose sums at the edges are those of the given, normalised."""
     batch = None
     if uses_batch(norm):
-        mean, variance, count = moments_of_sums(points, centres, neighbours)
-        dtype = norm.weight.dtype if norm.weight is not None else points.dtype
-        batch = Moments(mean.to(dtype), variance.to(dtype), count)
+        mean, variance, number = moments_of_sums(points, centres, neighbours)
+        dtype = compute_dtype(points)
+        batch = Moments(mean.to(dtype), variance.to(dtype), number)
     scale, shift = scale_and_shift(norm, batch)
     return (points * scale).to(points.dtype), (centres * scale + shift).to(centres.dtype)
 
@@ -98,7 +109,7 @@ def over_edges(
     centres: Tensor,
     neighbours: Tensor,
     network: Sequence[Stage],
-    finish: Callable[[Tensor, slice], Tensor],
+    finish: Finish,
     *,
     slope: float = 0.0,
     complete: bool = False,
@@ -118,38 +129,52 @@ def over_edges(
     """
     points, centres = normalised_sums(points, centres, neighbours, network[0][1])
     valid = None if complete else neighbours >= 0
-
-    def edges(part: slice, layers: Sequence[Layer]) -> Tensor:
-        z = ops.group_points(points, neighbours[:, part]) + centres[:, part, None]
-        for layer in layers:
-            z = F.linear(activate_(z, slope), *layer)
-        return z
-
+    edges = _Edges(points, centres, neighbours, valid, slope)
     if not recompute:
         every = slice(None)
-        z = edges(every, ())
+        z = edges.at(every, ())
         for conv, norm in network[1:]:
             h = activate_(z, slope)
             layer = fold(conv, norm, moments(h, valid) if uses_batch(norm) else None)
-            z = F.linear(h, *layer)
+            z = linear(h, layer)
         return finish(z, every)
 
     batch, number, k = neighbours.shape
     step = max(1, _PART // max(1, batch * k * max(norm.num_features for _, norm in network)))
     parts = [slice(start, start + step) for start in range(0, max(1, number), step)]
-    layers: list[Layer] = []
-
-    def moments_of(part: slice, before: tuple[Layer, ...]) -> tuple[Tensor, ...]:
-        mark = None if valid is None else valid[:, part]
-        return tuple(moments(activate_(edges(part, before), slope), mark))
-
+    layers: tuple[Layer, ...] = ()
     for conv, norm in network[1:]:
         found = None
         if uses_batch(norm):
-            before = tuple(layers)
-            found = together([Moments(*_again(moments_of, part, before)) for part in parts])
-        layers.append(fold(conv, norm, found))
-    return torch.cat([_again(lambda p: finish(edges(p, layers), p), part) for part in parts], 1)
+            found = together([Moments(*_again(edges.moments, part, layers)) for part in parts])
+        layers += (fold(conv, norm, found),)
+    return torch.cat([_again(edges.finished, finish, part, layers) for part in parts], 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Edges:
+    """Sums of points and centres at the edges, and layers over them; ``valid`` marks the edges."""
+
+    points: Tensor
+    centres: Tensor
+    neighbours: Tensor
+    valid: Tensor | None
+    slope: float
+
+    def at(self, part: slice, layers: tuple[Layer, ...]) -> Tensor:
+        """The last of the layers before its activation, ``[B, s, K, C]``."""
+        z = ops.group_points(self.points, self.neighbours[:, part])
+        z = z + self.centres[:, part, None]
+        for layer in layers:
+            z = linear(activate_(z, self.slope), layer)
+        return z
+
+    def moments(self, part: slice, layers: tuple[Layer, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        h = activate_(self.at(part, layers), self.slope)
+        return moments(h, None if self.valid is None else self.valid[:, part])
+
+    def finished(self, finish: Finish, part: slice, layers: tuple[Layer, ...]) -> Tensor:
+        return finish(self.at(part, layers), part)
 
 
 def _again(call: Callable[..., Any], *args: Any) -> Any:

@@ -14,6 +14,7 @@ from fastzoo.nn._batch_norm import (
     Moments,
     Stage,
     fold,
+    moments,
     stages,
     uses_batch,
     weight_and_bias,
@@ -96,13 +97,16 @@ class DensityNet(nn.Module):
         return found * (volume.item() / (2.5 * bandwidth))
 
     def forward(self, density: Tensor, neighbours: Tensor) -> Tensor:
-        """``density [B, N]`` of points and ``neighbours [B, S, K]``: factors ``[B, S, K]``."""
-        if self.mode == "paper":
-            return self._of_edges(ops.inverse_density_scale(density, neighbours), neighbours)
-        x = density[:, None]
-        for conv, norm in zip(self.mlp_convs, self.mlp_bns, strict=True):
-            x = F.relu(norm(conv(x)))
-        return ops.group_points(x.transpose(1, 2).contiguous(), neighbours)[..., 0]
+        """``density [B, N]`` of points and ``neighbours [B, S, K]``: factors ``[B, S, K]``, no
+        narrower than float32."""
+        with torch.autocast(density.device.type, enabled=False):
+            if self.mode == "paper":
+                return self._of_edges(ops.inverse_density_scale(density, neighbours), neighbours)
+            x = density[..., None]
+            for conv, norm in stages(self.mlp_convs, self.mlp_bns):
+                layer = fold(conv, norm, moments(x) if uses_batch(norm) else None)
+                x = F.relu(F.linear(x, *layer))
+            return ops.group_points(x, neighbours)[..., 0]
 
     def _of_edges(self, scale: Tensor, neighbours: Tensor) -> Tensor:
         """The layers of a number for each edge, as a convolution over points on a line, each with

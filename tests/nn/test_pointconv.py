@@ -303,16 +303,6 @@ def test_recomputing_keeps_no_edges() -> None:
     assert peak_memory(train, "cpu") < 2 * number * k * 64 * 4
 
 
-@pytest.mark.parametrize("mode", ["paper", "compat"])
-def test_half_precision_and_autocast(mode: str) -> None:
-    mine = module(Abstraction, 11, 8, 8, MLP, 0.2, False, mode=mode).float()
-    xyz, points = (t.float() for t in cloud())
-    right = copy.deepcopy(mine)(xyz, points)[1]
-    with torch.autocast("cpu", torch.bfloat16):
-        found = copy.deepcopy(mine)(xyz, points)[1]
-    assert (found - right).abs().mean() < 0.05 * right.abs().mean()
-
-
 def test_errors() -> None:
     with pytest.raises(ValueError, match="mode: expected one of"):
         PointConv(5, 7, mode="tensorflow")  # type: ignore[arg-type]
