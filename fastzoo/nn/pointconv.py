@@ -280,9 +280,10 @@ class PointConvDensitySetAbstraction(_Abstraction):
         recompute: keep no edges for the gradient, which computes them again: memory that does not
             grow with ``npoint * nsample``, for about twice the time.
 
-    Batch normalisation is folded into the layers by the moments of what they read (:doc:`pointconv`
-    has the identity); its results are those of ``nn.BatchNorm2d``. Differences of coordinates are
-    exact where theirs are ``a^2 - 2 a b + b^2``, so neighbours far from the origin are right.
+    Batch normalisation is folded into the layers by the moments of what they read
+    (docs/nn/pointconv.md has the identity); results are those of ``nn.BatchNorm2d``. Differences of
+    coordinates are direct where theirs are ``a^2 - 2 a b + b^2``: neighbours far from the origin are
+    right.
 
     Source: Wu et al., PointConv: Deep Convolutional Networks on 3D Point Clouds (2019).
     """

@@ -101,7 +101,7 @@ class SetAbstraction(_Abstraction):
             grow with ``npoint * nsample``, for about twice the time.
 
     Batch normalisation is folded into the layers by the moments of what they read, so one tensor
-    of edges is kept for each layer but the last (:doc:`pointconv`); its results are those of
+    of edges is kept for each layer but the last (docs/nn/pointconv.md); its results are those of
     ``nn.BatchNorm2d``.
 
     Source: Qi et al., PointNet++ (2017).
