@@ -282,8 +282,8 @@ class PointConvDensitySetAbstraction(_Abstraction):
 
     Batch normalisation is folded into the layers by the moments of what they read
     (docs/nn/pointconv.md has the identity); results are those of ``nn.BatchNorm2d``. Differences of
-    coordinates are direct where theirs are ``a^2 - 2 a b + b^2``: neighbours far from the origin are
-    right.
+    coordinates are direct where theirs are ``a^2 - 2 a b + b^2``, so that neighbours far from the
+    origin are right.
 
     Source: Wu et al., PointConv: Deep Convolutional Networks on 3D Point Clouds (2019).
     """
