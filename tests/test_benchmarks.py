@@ -549,6 +549,13 @@ SMALL = {
     "kmeans": {"n": 200, "k": 30, "dim": 4},
     "margin_softmax_loss": FACES,
     "clip_loss": PAIRS,
+    "knn_points": {"clouds": 2, "n": 40, "dim": 3, "k": 5},
+    "ball_query": {"clouds": 2, "n": 10, "m": 300, "k": 4},
+    "sample_farthest_points": {"clouds": 2, "n": 50, "k": 9},
+    "voxel_grid": {"n": 500},
+    "kernel_density": {"clouds": 2, "n": 40},
+    "pointconv": {"clouds": 2, "n": 30, "s": 8, "k": 4, "channels": 6},
+    "neighbour_reduce": {"clouds": 2, "n": 30, "k": 4, "channels": 6},
 }
 
 
