@@ -559,6 +559,13 @@ SMALL = {
 }
 
 
+# Distances by a matrix product are too coarse for so narrow a kernel.
+COARSE = {
+    ("kernel_density", "1 x 50000, h 0.005", "eager"),
+    ("kernel_density", "1 x 50000, h 0.005", "torch.compile"),
+}
+
+
 def _is_fast(row: Row) -> bool:
     """Codes that are near enough to the best need not be the best."""
     return row.problem.case.kwargs.get("precision") == "fast"
@@ -568,6 +575,9 @@ def _answers(names: set[str], op: str) -> None:
     for case in dict.fromkeys(row.problem.case.name for row in select(op, device="cpu")):
         for row in select(op, device="cpu", case=case, shape=SMALL[op], peers=names):
             record = measure_row(row, budget=0.001)
+            if (op, case, row.implementation.name) in COARSE:
+                assert "wrong answer" in record["error"]
+                continue
             assert "error" not in record, record
             right = record.get("equal") == 1.0 or _is_fast(row)
             assert right or record["reason"], record

@@ -40,7 +40,8 @@ def _search(p1: Tensor, p2: Tensor, k: int, radius: float) -> Callable[[], tuple
             for queries, points in clouds
         ]
         dists, idx = (
-            torch.stack([torch.from_numpy(a) for a in part]) for part in zip(*found, strict=True)
+            torch.stack([torch.from_numpy(a).view(-1, k) for a in part])
+            for part in zip(*found, strict=True)
         )
         # Where there are fewer it gives an infinity and the number of points.
         return dists, torch.where(dists.isinf(), -1, idx)
