@@ -307,8 +307,8 @@ def _cells(points: Tensor, pitch: float) -> Iterator[tuple[Tensor, Tensor]]:
     step[-1] = 1
     code, order = (cells * step).sum(1).sort()
     # The cells before and after it along the last dimension lie beside it in the order.
-    shifts = torch.tensor([*itertools.product((-1, 0, 1), repeat=points.shape[1] - 1)])
-    strips = shifts @ step[:-1]
+    shifts = itertools.product((-1, 0, 1), repeat=points.shape[1] - 1)
+    strips = torch.tensor([*shifts], dtype=torch.int64) @ step[:-1]
     occupied, count = code.unique_consecutive(return_counts=True)
     begin = torch.searchsorted(code, occupied[:, None] + strips - 1).tolist()
     end = torch.searchsorted(code, occupied[:, None] + strips + 1, right=True).tolist()

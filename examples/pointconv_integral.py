@@ -149,7 +149,9 @@ def draw(cloud: Tensor, right: Tensor, maps: dict[str, Tensor], output: Path) ->
     figure, panels = pyplot.subplots(
         1, 2 + len(maps), figsize=(3.3 * (2 + len(maps)), 3.5), layout="constrained"
     )
-    panels[0].scatter(*cloud.t(), c=signal(cloud), s=3, linewidths=0, cmap="viridis")
+    panels[0].scatter(
+        *cloud.t().numpy(), c=signal(cloud).numpy(), s=3, linewidths=0, cmap="viridis"
+    )
     inner = pyplot.Rectangle((RADIUS, RADIUS), 1 - 2 * RADIUS, 1 - 2 * RADIUS, fill=False, ec=INK)
     panels[0].add_patch(inner)
     panels[0].set_title("points of density 2x, centres in the frame", fontsize=10, color=INK)
@@ -159,7 +161,7 @@ def draw(cloud: Tensor, right: Tensor, maps: dict[str, Tensor], output: Path) ->
     for panel, (name, values) in zip(
         panels[1:], {"the convolution": right, **maps}.items(), strict=True
     ):
-        image = values.reshape(SIDE, SIDE).t()
+        image = values.reshape(SIDE, SIDE).t().numpy()
         shown = panel.imshow(image, origin="lower", extent=square, vmin=lowest, vmax=highest)
         panel.set_title(name, fontsize=10, color=INK)
     figure.colorbar(shown, ax=panels[1:], shrink=0.8)
