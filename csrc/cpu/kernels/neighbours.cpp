@@ -166,10 +166,6 @@ FASTZOO_INLINE void sort_few(uint64_t* keys, int64_t count, uint64_t* sorted) {
 
 // ---- The candidates of one query ---------------------------------------------------------------
 
-// The number of candidates at which the list is cut to k of them: so many that a cut costs little
-// for each. A cut of the first spares nothing that follows: they are cut more seldom.
-FASTZOO_INLINE int64_t full_at(bool first, int64_t k) { return first ? 8 * k + 256 : 2 * k + 64; }
-
 template <class T>
 class Candidates {
  public:
@@ -177,7 +173,10 @@ class Candidates {
   using Key = typename RankOf<T>::type;
 
   Candidates() = default;
-  Candidates(Arena& arena, bool first, int64_t k) : first_(first), k_(k), full_(full_at(first, k)) {
+  // The list is cut when it holds so many that a cut costs little for each. One of the first spares
+  // nothing that follows: it is put off longer.
+  Candidates(Arena& arena, bool first, int64_t k)
+      : first_(first), k_(k), full_(first ? 8 * k + 256 : 2 * k + 64) {
     // A block is added whole, vectors are written whole and keys are sorted in steps.
     const int64_t room = full_ + kBlockPoints + kSortStep;
     distances_ = arena.take<T>(room);
@@ -267,8 +266,8 @@ class Candidates {
       keep_tied(split.most, k_ - split.below);
       return;
     }
-    // Bits between those of infinity and NaN are no distance.
-    limit_ = math::minimum(math::bits_as<T>(split.most), static_cast<T>(__builtin_inf()));
+    // Bits between those of infinity and of NaN are a NaN: infinity stands for them.
+    limit_ = math::minimum(static_cast<T>(__builtin_inf()), math::bits_as<T>(split.most));
     const Vec<T> limit(limit_);
     int64_t kept = 0;
     for (int64_t i = 0; i < count_; i += Vec<T>::size) {
@@ -321,8 +320,9 @@ class Candidates {
     if (first >= count) return std::numeric_limits<int32_t>::max();
     int32_t high = 0;
     for (int64_t i = 0; i < count; ++i) high = rows[i] > high ? rows[i] : high;
-    for (int i = 0; i < Vec<float>::size; ++i)
+    for (int i = 0; i < Vec<float>::size; ++i) {
       rows[count + i] = std::numeric_limits<int32_t>::max();
+    }
     const auto between = [](int32_t low, int32_t most, float fraction) {
       return low + static_cast<int32_t>(static_cast<float>(most - low) * fraction);
     };
@@ -343,7 +343,7 @@ class Candidates {
 
 // The greatest distance within the radius.
 template <class T>
-FASTZOO_INLINE T first_limit(const NeighbourArgs& args) {
+FASTZOO_INLINE T limit_of_radius(const NeighbourArgs& args) {
   if (!math::radius_limits(args.radius)) return static_cast<T>(__builtin_inf());
   const T limit = math::radius_limit<T>(args.norm, args.radius);
   if (!(limit > 0)) return T(-1);
@@ -399,7 +399,7 @@ FASTZOO_INLINE void tile_distances(const T* queries, const T* block, int64_t dim
   }
 }
 
-// Whether `kAll` distances count, NaN too, at first.
+// kAll: at first every distance counts, NaN too.
 template <class T, Norm kNorm, bool kAll>
 void search_tiles(const NeighbourArgs& args, const NeighbourCloud& cloud, int64_t begin,
                   int64_t end, Arena arena) {
@@ -407,7 +407,7 @@ void search_tiles(const NeighbourArgs& args, const NeighbourCloud& cloud, int64_
   const auto& points = *static_cast<const PointBlocksView<T>*>(cloud.rows);
   const T* const all_queries = static_cast<const T*>(cloud.queries);
   const int64_t k = least(args.k, points.points);
-  const T limit = first_limit<T>(args);
+  const T limit = limit_of_radius<T>(args);
   T* const queries = arena.take<T>(args.dims * kQueries);
   Candidates<T> candidates[kQueries];
   for (Candidates<T>& own : candidates) own = Candidates<T>(arena, args.first, k);
@@ -457,7 +457,7 @@ class TreeSearch {
         tree_(*static_cast<const PointBlocksView<T>*>(cloud.tree)),
         rows_(static_cast<const PointBlocksView<T>*>(cloud.rows)),
         k_(least(args.k, tree_.points)),
-        first_limit_(cpu::FASTZOO_CPU_ISA::first_limit<T>(args)),
+        widest_(limit_of_radius<T>(args)),
         candidates_(arena, args.first, k_) {
     for (auto& previous : previous_) {
       for (V& lanes : previous) lanes = V(T(0));
@@ -470,13 +470,14 @@ class TreeSearch {
     if (args_.first && scan_pays()) {
       scan();
     } else {
-      candidates_.start(args_.first ? first_limit_
-                                    : math::minimum(first_limit_, bound_by_previous()));
+      candidates_.start(args_.first ? widest_ : math::minimum(widest_, bound_by_previous()));
       visit(tree_.levels - 1, 0);
       within_ = candidates_.met();
     }
     const T last = results.write(candidates_, args_.k);
-    remember(candidates_.count() == k_ ? side(last) : static_cast<T>(__builtin_inf()));
+    if (!args_.first) {
+      remember(candidates_.count() == k_ ? side(last) : static_cast<T>(__builtin_inf()));
+    }
   }
 
  private:
@@ -590,7 +591,7 @@ class TreeSearch {
   }
 
   void scan() {
-    candidates_.start(first_limit_);
+    candidates_.start(widest_);
     int64_t block = 0;
     for (; block < rows_->blocks && candidates_.count() < k_; ++block) {
       meet(rows_->block(block), rows_->rows + block * kBlockPoints);
@@ -604,7 +605,7 @@ class TreeSearch {
   const PointBlocksView<T>& tree_;
   const PointBlocksView<T>* rows_;
   int64_t k_;
-  T first_limit_;
+  T widest_;
   Candidates<T> candidates_;
   V query_[kDims > 0 ? kDims : kMostTreeDims];
   // The queries before this one, and how far off the last of their nearest lies.
