@@ -167,8 +167,10 @@ def test_a_list_with_gaps_is_the_list_without() -> None:
     gaps = torch.full((2, 13, 7), -1)
     gaps[..., [1, 2, 4, 6]] = lists
     centres = xyz[:, :13].contiguous()
-    right = mine(xyz, features, centres, lists)
+    theirs = copy.deepcopy(mine)
+    right = theirs(xyz, features, centres, lists)
     torch.testing.assert_close(mine(xyz, features, centres, gaps), right)
+    torch.testing.assert_close(mine.state_dict(), theirs.state_dict())
 
 
 def test_the_lemma() -> None:
