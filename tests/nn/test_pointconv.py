@@ -305,10 +305,11 @@ def test_what_an_abstraction_keeps_of_edges() -> None:
 def test_memory_of_a_step() -> None:
     clouds, n, k = 4, 1024, 32
     xyz, features = torch.rand(clouds, n, 3), torch.randn(clouds, n, 64, requires_grad=True)
-    mine = PointConv(64, 64, k, mode="compat")
+    near, density = torch.randint(0, n, (clouds, n, k)), torch.rand(clouds, n) + 0.5
+    mine = PointConv(64, 64, mode="compat")
 
     def train() -> None:
-        mine(xyz, features).sum().backward()
+        mine(xyz, features, None, near, density).sum().backward()
 
     train()
     assert peak_memory(train, "cpu") < clouds * n * k * 64 * 4

@@ -150,15 +150,15 @@ def test_what_is_kept_of_edges() -> None:
 
 def test_recomputing_saves_memory() -> None:
     n, number, k, widths = 2048, 1024, 32, [64, 64, 128]
-    xyz, points = torch.rand(2, 3, n), torch.rand(2, 16, n, requires_grad=True)
+    xyz, points = torch.rand(1, 3, n), torch.rand(1, 16, n, requires_grad=True)
     mine = SetAbstraction(number, 0.2, k, 19, widths, False, recompute=True)
 
     def train() -> None:
         mine(xyz, points)[1].sum().backward()
 
     train()
-    # All edges have 64 MB in the three layers, and as much again in gradients.
-    assert peak_memory(train, "cpu") < 80 << 20
+    # All edges have 32 MB in the three layers, and as much again in gradients.
+    assert peak_memory(train, "cpu") < 48 << 20
 
 
 def interpolated(theirs: Any, xyz1: Tensor, xyz2: Tensor, p1: Any, p2: Tensor) -> Tensor:
