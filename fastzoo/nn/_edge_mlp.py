@@ -206,9 +206,9 @@ def over_edges(
     for conv, norm in network[1:]:
         found = None
         if uses_batch(norm):
-            found = together([Moments(*_again(edges.moments, part, layers)) for part in parts])
+            found = together([Moments(*again(edges.moments, part, layers)) for part in parts])
         layers += (fold(conv, norm, found),)
-    return torch.cat([_again(edges.finished, finish, part, layers) for part in parts], 1)
+    return torch.cat([again(edges.finished, finish, part, layers) for part in parts], 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +237,7 @@ class _Edges:
         return finish(self.at(part, layers), part)
 
 
-def _again(call: Callable[..., Any], *args: Any) -> Any:
+def again(call: Callable[..., Any], *args: Any) -> Any:
     """The call, which keeps nothing for its gradient but what it was given."""
     return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
 
