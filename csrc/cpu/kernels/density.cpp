@@ -36,6 +36,7 @@ FASTZOO_INLINE double double_sum(Vec<float> values) {
   return lane_sum(load_doubles(lanes) + load_doubles(lanes + kHalf));
 }
 
+// The panels that pass by the owners.
 template <class T>
 struct Stream {
   const DensityArgs& args;
@@ -197,7 +198,8 @@ struct Tile {
     return finite;
   }
 
-  // Adds the terms of kOwners owners and the panels listed.
+  // Adds the terms of kOwners owners and the panels listed. A pair's pull is what its difference,
+  // and for by_points its squared distance, is multiplied by in the gradients.
   void add(int64_t first, const int32_t* near, int many) const {
     const T* const owners = scratch.owners + first * dims();
     double* const sums = scratch.sums + first * width();
@@ -247,25 +249,29 @@ struct Tile {
     if constexpr (kByPoints) {
       for (int i = 0; i < kOwners; ++i) sums[i * width() + 1] += double_sum(stretch[i]);
     }
-    if constexpr (kSum != DensitySum::values) {
-      for (int64_t d = 0; d < dims(); ++d) {
-        V moved[kOwners];
-        for (int i = 0; i < kOwners; ++i) moved[i] = V(T(0));
-        for (int at = 0; at < many; ++at) {
-          const T* const line = stream.panel(task.first_panel + near[at]) + d * kPanel;
-          for (int lane = 0; lane < kPanel; lane += V::size) {
-            const V values = V::load(line + lane);
+    if constexpr (kSum != DensitySum::values) add_differences(first, near, many, pulls);
+  }
+
+  // Adds the differences of pairs, times their pulls.
+  void add_differences(int64_t first, const int32_t* near, int many,
+                       const T (&pulls)[kOwners][kAtOnce * kPanel]) const {
+    const T* const owners = scratch.owners + first * dims();
+    double* const sums = scratch.sums + first * width() + width() - dims();
+    for (int64_t d = 0; d < dims(); ++d) {
+      V moved[kOwners];
+      for (int i = 0; i < kOwners; ++i) moved[i] = V(T(0));
+      for (int at = 0; at < many; ++at) {
+        const T* const line = stream.panel(task.first_panel + near[at]) + d * kPanel;
+        for (int lane = 0; lane < kPanel; lane += V::size) {
+          const V values = V::load(line + lane);
 #pragma GCC unroll 4
-            for (int i = 0; i < kOwners; ++i) {
-              moved[i] = fused_multiply_add(V::load(pulls[i] + at * kPanel + lane),
-                                            V(owners[i * dims() + d]) - values, moved[i]);
-            }
+          for (int i = 0; i < kOwners; ++i) {
+            moved[i] = fused_multiply_add(V::load(pulls[i] + at * kPanel + lane),
+                                          V(owners[i * dims() + d]) - values, moved[i]);
           }
         }
-        for (int i = 0; i < kOwners; ++i) {
-          sums[i * width() + width() - dims() + d] += double_sum(moved[i]);
-        }
       }
+      for (int i = 0; i < kOwners; ++i) sums[i * width() + d] += double_sum(moved[i]);
     }
   }
 
