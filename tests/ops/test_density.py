@@ -74,9 +74,12 @@ def test_a_narrow_bandwidth_on_a_large_cloud(kernel: str) -> None:
     np.testing.assert_allclose(found.numpy(), right.numpy(), rtol=2e-5)
 
 
-def test_every_instruction_set(capability: str) -> None:
-    points = random_points(3, 500, seed=7).requires_grad_()
-    bandwidth = (0.1 + random_points(3, 500, 1, seed=8)[..., 0] / 4).requires_grad_()
+@pytest.mark.parametrize("shape", [(3, 500, 3), (1, 2100, 2)], ids=["small", "wide"])
+def test_every_instruction_set(shape: tuple[int, int, int], capability: str) -> None:
+    points = random_points(*shape, seed=7).requires_grad_()
+    widest = 0.35 if shape[1] == 500 else 0.05  # of the wide cloud most pairs are left out
+    bandwidth = widest * (0.3 + 0.7 * random_points(*shape[:2], 1, seed=8)[..., 0])
+    bandwidth.requires_grad_()
     for kernel in ("gaussian", "epanechnikov"):
         right = ops.kernel_density(
             points.double(), bandwidth.double(), kernel=kernel, backend="reference"
@@ -88,6 +91,23 @@ def test_every_instruction_set(capability: str) -> None:
         actual = torch.autograd.grad(found.square().sum(), (points, bandwidth))
         for a, e in zip(actual, expected, strict=True):
             assert_gradient_close(a, e, rtol=2e-5, name=f"{capability}, {kernel}")
+
+
+def test_nothing_that_is_not_finite_is_left_out() -> None:
+    points = random_points(1, 2100, seed=12)[0]
+    bandwidth = torch.full((2100,), 0.01)
+    right = ops.kernel_density(points, bandwidth, queries=points)
+    queries = points.clone()
+    queries[3, 1] = torch.nan
+    found = ops.kernel_density(points, bandwidth, queries=queries)
+    assert found[3].isnan()
+    others = torch.arange(2100) != 3
+    torch.testing.assert_close(found[others], right[others], rtol=1e-6, atol=0)
+    bandwidth[5] = torch.nan
+    assert ops.kernel_density(points, bandwidth).isnan().all()
+    bandwidth[5] = 0.01
+    points[5, 0] = torch.nan
+    assert ops.kernel_density(points, bandwidth).isnan().all()
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:
