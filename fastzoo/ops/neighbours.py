@@ -1,6 +1,5 @@
 """Neighbours of points: the nearest, those in a ball, the nearest in a ball."""
 
-import math
 from typing import Any
 
 import torch
@@ -258,7 +257,7 @@ def _gather(points: Tensor, idx: Tensor) -> Tensor:
 def _check_radius(radius: float) -> None:
     if not isinstance(radius, float | int) or isinstance(radius, bool):
         raise TypeError(f"radius: expected a float, got {type(radius).__name__}")
-    if math.isnan(radius) or radius <= 0:
+    if not radius > 0:
         raise ValueError(f"radius: expected above 0, got {radius}")
 
 

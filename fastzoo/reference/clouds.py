@@ -42,7 +42,7 @@ def as_clouds(
         clouds = clouds_of(batch) if size is None else size
         ptr = torch.searchsorted(batch, torch.arange(clouds + 1, device=device))
     if ptr is None:
-        ptr = torch.tensor([0, points.shape[0]], device=device)
+        ptr = torch.arange(2, device=device) * points.shape[0]
     ranges = torch.stack([ptr[:-1], ptr[1:]], 1)
     return Clouds(points, ranges, points.shape[0], (points.shape[0],))
 
@@ -67,5 +67,5 @@ def rows_at(x: Tensor, idx: Tensor) -> Tensor:
     first = torch.arange(clouds, device=x.device)[:, None, None] * points
     if points == 0:
         return x.new_zeros(*idx.shape, channels)
-    rows = x.reshape(-1, channels)[(idx.clamp(min=0) + first).flatten()]
+    rows = x.flatten(0, 1)[(idx.clamp(min=0) + first).flatten()]
     return torch.where(idx[..., None] < 0, 0, rows.view(*idx.shape, channels))

@@ -20,6 +20,8 @@ from fastzoo.testing.tolerance import assert_same_outputs, outputs_of, unit_roun
 
 Check = Callable[[OpSpec, str, str], None]
 
+_EVERY_SUBSET = 3  # arguments at most, of which every subset is tried
+
 
 def runnable_backends(spec: OpSpec, device: str) -> list[str]:
     operator = OPERATORS[spec.operator]
@@ -196,8 +198,10 @@ def check_compiled(spec: OpSpec, backend: str, device: str) -> None:
     for sample in _plain_samples(spec)[:1]:
         for keep in (1.0, 0.75, 0.5):
             args = tuple(
-                arg[: int(len(arg) * keep)].clone() if isinstance(arg, Tensor) else arg
-                for arg in sample.args
+                arg[: int(len(arg) * keep)].clone()
+                if isinstance(arg, Tensor) and position not in spec.whole
+                else arg
+                for position, arg in enumerate(sample.args)
             )
             part = Sample(sample.name, args, sample.kwargs)
             moved = [_to(arg, device) for arg in args]
@@ -223,8 +227,12 @@ def _gradients(
         kwargs = {name: _to(value, device) for name, value in kwargs.items()}
         output = spec.differentiable(spec.function(*leaves, **kwargs, backend=backend))
     weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device)
+    # Of nothing the definition has no graph; its gradients are zeros as well.
     loss = (output * weights.view(output.shape)).sum()
-    return list(torch.autograd.grad(loss, [a for a in leaves if _has_gradient(a)])), output
+    wanted = [a for a in leaves if _has_gradient(a)]
+    if not loss.requires_grad:
+        return [torch.zeros_like(a) for a in wanted], output
+    return list(torch.autograd.grad(loss, wanted, materialize_grads=True)), output
 
 
 def check_gradients(spec: OpSpec, backend: str, device: str) -> None:
@@ -269,12 +277,19 @@ def _smooth_call(
     assert spec.gradient_sample is not None
     differentiable, sample = spec.differentiable, spec.gradient_sample(dtype)
 
-    def call(*args: Tensor) -> Tensor:
+    def call(*floats: Tensor) -> Tensor:
+        args = [_to(a, device) for a in _with_floats(sample, floats)]
         named = _named_on(sample, device)
         return differentiable(spec.function(*args, **named, backend=backend))
 
-    args = tuple(_to(a, device).clone().requires_grad_() for a in sample.args)
-    return call, args
+    floats = (a for a in sample.args if _has_gradient(a))
+    return call, tuple(_to(a, device).clone().requires_grad_() for a in floats)
+
+
+def _with_floats(sample: Sample, floats: tuple[Tensor, ...]) -> list[Any]:
+    """The sample's arguments, with others in the place of those that have gradients."""
+    given = iter(floats)
+    return [next(given) if _has_gradient(a) else a for a in sample.args]
 
 
 def check_gradcheck(spec: OpSpec, backend: str, device: str) -> None:
@@ -295,19 +310,21 @@ def check_gradient_penalty(spec: OpSpec, backend: str, device: str) -> None:
         call, args = _smooth_call(spec, which, device, torch.float64)
         first = torch.autograd.grad(call(*args).sum(), args, create_graph=True)
         norm = sum((g.square().sum() for g in first), torch.zeros((), device=device)).sqrt()
-        penalties.append(torch.autograd.grad((norm - 1).square(), args))
+        penalties.append(torch.autograd.grad((norm - 1).square(), args, materialize_grads=True))
     for actual, expected in zip(*penalties, strict=True):
         assert_gradient_close(actual, expected, rtol=1e-12, name="gradient penalty")
 
 
 def check_partial_gradients(spec: OpSpec, backend: str, device: str) -> None:
-    """Any subset of arguments may want gradients; backward runs twice; any grad_out layout."""
+    """Any subset of arguments may want gradients (of many, each alone); backward runs twice; any
+    grad_out layout."""
     if spec.differentiable is None:
         return
     call, args = _smooth_call(spec, backend, device, torch.float64)
     full = torch.autograd.grad(call(*args).sum(), args)
-    for wanted in itertools.product((False, True), repeat=len(args)):
-        if not any(wanted):
+    subsets = itertools.product((False, True), repeat=len(args))
+    for wanted in subsets:
+        if not any(wanted) or (len(args) > _EVERY_SUBSET and sum(wanted) > 1):
             continue
         part = [a if want else a.detach() for a, want in zip(args, wanted, strict=True)]
         leaves = [a for a, want in zip(part, wanted, strict=True) if want]
@@ -341,7 +358,8 @@ def check_transforms(spec: OpSpec, backend: str, device: str) -> None:
     assert_gradient_close(nested(plain[0]), second, rtol=1e-12, name="torch.func.grad twice")
     sample = spec.gradient_sample(torch.float64)
 
-    def definition(*args: Tensor) -> Tensor:
+    def definition(*floats: Tensor) -> Tensor:
+        args = _with_floats(sample, floats)
         return differentiable(spec.definition(*args, **sample.kwargs))
 
     tangent = torch.func.jvp(definition, plain, plain)[1]

@@ -76,6 +76,8 @@ class OpSpec:
         samples: ``samples(dtype)`` -> valid calls on CPU tensors, every edge of the family.
         invalid: calls that must raise.
         dtypes: that the operator takes.
+        whole: positions of the tensors whose first dimension is no batch, which a check of other
+            batch sizes leaves as they are.
         fixed_shape: the output's shape does not depend on the values, and no call waits for the
             device.
         differentiable: the floating result that has gradients, given the output, or None.
@@ -111,6 +113,7 @@ class OpSpec:
         torch.float16,
         torch.bfloat16,
     )
+    whole: tuple[int, ...] = ()
     fixed_shape: bool = False
     differentiable: Callable[[Any], Tensor] | None = None
     gradient_sample: Callable[[torch.dtype], Sample] | None = None

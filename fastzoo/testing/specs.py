@@ -1,6 +1,6 @@
 """The table of public functions."""
 
-from fastzoo.testing import boxes, detections, nms, vq
+from fastzoo.testing import boxes, density, detections, neighbours, nms, pointconv, sampling, vq
 from fastzoo.testing.contrastive import CLIP_LOSS, INFO_NCE, SIGMOID_CONTRASTIVE_LOSS
 from fastzoo.testing.margin_softmax import MARGIN_SOFTMAX_LOSS
 from fastzoo.testing.spec import OpSpec
@@ -16,5 +16,9 @@ SPECS: dict[str, OpSpec] = {
         INFO_NCE,
         *boxes.SPECS,
         *detections.SPECS,
+        *neighbours.SPECS,
+        *sampling.SPECS,
+        *density.SPECS,
+        *pointconv.SPECS,
     )
 }
