@@ -999,7 +999,7 @@ FASTZOO_INLINE void with_moments(const MomentsArgs& args, void* scratch, const B
 
 // Centres that are taken at once, where each has so many bytes.
 int64_t centres_at_once(const EdgeArgs& args, int64_t bytes) {
-  constexpr int64_t kBytes = int64_t{6} << 20;
+  constexpr int64_t kBytes = int64_t{4} << 20;
   // A whole number of units and of tiles of rows.
   constexpr int64_t kMultiple = 3 * kUnitCentres;
   const int64_t fitting = kBytes / (bytes + 1);
