@@ -245,13 +245,14 @@ __global__ void __launch_bounds__(kWideBlock, 1)
       }
       return total;
     };
-    // That a point of the box may come nearer. A distance that is not known may be any.
+    // That a point of the box may come nearer. NaN is of coordinates that are infinite or NaN
+    // themselves, from which none is at a finite distance.
     const auto touches = [&](int64_t group, int level, int64_t member, Key farthest) {
       const C distance = sum([&](int d) {
         const C* bounds = tree.bounds(group, level, d) + member;
         return math::box_distance_term<Norm::two>(latest[d], bounds[0], bounds[kWarpSize]);
       });
-      return !(distance >= distance_of<C>(farthest));
+      return distance < distance_of<C>(farthest);
     };
 
     if (thread < 2) listed[thread] = 0;
