@@ -126,7 +126,7 @@ def density_with(
         cloud = torch.searchsorted(clouds.ranges[:, 1].contiguous(), rows, right=True)
         count = sizes[cloud.clamp(max=max(0, len(sizes) - 1))]
     # In float64 and rounded once: these few numbers multiply every term.
-    width = torch.as_tensor(bandwidth, device=points.device).double()
+    width = torch.as_tensor(bandwidth, dtype=torch.float64, device=points.device)
     if points.dim() == 3 and width.dim() == 1:
         width = width[:, None]
     scale, volume = scale_and_volume(width, kernel, dim)

@@ -93,7 +93,7 @@ def _terms(
     """u, the weights, the scales and the distances of all pairs, in float64."""
     p = points.double()
     q = p if queries is None else queries.double()
-    width = torch.as_tensor(bandwidth).double()
+    width = torch.as_tensor(bandwidth, dtype=torch.float64)
     if points.dim() == 3 and width.dim() == 1:
         width = width[:, None]
     scale, volume = scale_and_volume(width, kernel, p.shape[-1])

@@ -236,7 +236,7 @@ def _gradient_rtol(dtype: torch.dtype, *args: Any, **kwargs: Any) -> float:
     the roundings of the two products' operands."""
     xyz, features, _, neighbours = args[:4]
     count = _roundings(xyz, features, neighbours, kwargs.get("widths", WIDTHS))
-    rtol = (count + neighbours.numel()) * unit_roundoff(compute_dtype(features))
+    rtol: float = (count + neighbours.numel()) * unit_roundoff(compute_dtype(features))
     return rtol + (8 * unit_roundoff(dtype) if dtype in (torch.float16, torch.bfloat16) else 0)
 
 
@@ -287,7 +287,8 @@ def _pointconv_flops(
     xyz: Tensor, features: Tensor, centres: Tensor, neighbours: Tensor, *rest: Tensor
 ) -> float:
     aggregated = neighbours.numel() * features.shape[-1] * WIDTHS[-1]
-    return float(2 * (aggregated + neighbours[..., 0].numel() * rest[2].numel()))
+    rows = neighbours[..., 0].numel()
+    return 2.0 * aggregated + 2.0 * rows * len(rest[2]) * rest[2].shape[1]
 
 
 def _pointconv_case(

@@ -67,7 +67,7 @@ FASTZOO_DEVICE void wait_for_other_block() { __nanosleep(20); }
 
 // One machine word of a vector access.
 template <int bytes>
-using AccessWord = std::conditional_t<bytes == 8, int2, int4>;
+using AccessWord = std::conditional_t<bytes == 4, int, std::conditional_t<bytes == 8, int2, int4>>;
 
 template <int n, class T>
 FASTZOO_DEVICE Vector<T, n> load_vector(const T* address) {
@@ -140,5 +140,11 @@ struct SharedArray {
     return loaded;
   }
 };
+
+template <class Arrays>
+FASTZOO_DEVICE Arrays& large_shared() {
+  extern __shared__ int4 large_shared_words[];
+  return *reinterpret_cast<Arrays*>(large_shared_words);
+}
 
 }  // namespace fastzoo::cuda

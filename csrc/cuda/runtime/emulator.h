@@ -243,6 +243,12 @@ class SharedArray {
   alignas(16) T values_[n];
 };
 
+template <class Arrays>
+Arrays& large_shared() {
+  static Arrays arrays;
+  return arrays;
+}
+
 #undef FASTZOO_SITE
 
 }  // namespace fastzoo::cuda
