@@ -26,16 +26,18 @@ constexpr int kPart = kEach * kWarpSize;
 static_assert(kPart <= kMostAppended);
 constexpr int64_t kMostNeighbours = 1024;
 
-// Clouds of more points are searched by a tree, which takes a sort to build.
+// Clouds of more points are searched by a tree: and of more than a few, where the pairs are so many
+// that they take longer than the sort that builds one.
 #if defined(FASTZOO_EMULATE)
 constexpr int64_t kMostByTiles = 64;
 #else
 constexpr int64_t kMostByTiles = 8192;
 #endif
+constexpr int64_t kFewPoints = 1024;
+constexpr int64_t kManyPairs = int64_t{1} << 28;
 
-// How many candidates wait in a short list before they lower the limit of a search by a tree, which
-// prunes by it.
-constexpr int kTreeWaiting = 8;
+// How many candidates may wait in a short list of a search by a tree, which prunes by the limit.
+constexpr int kTreeWaiting = 15;
 
 // kDims is kFewDims, whose missing ones are zeros and whose norm is two, or 0 for any.
 template <class C>
@@ -341,7 +343,7 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
   List list;
   list.start(search.k, search.limit(), warp * List::kKeys);
   Walk<C, kDims, List, Memory> walk{search, tree, memory, list, cloud};
-  walk.waiting = list.room() < kWarpSize ? kTreeWaiting - 1 : list.room();
+  walk.waiting = list.room() < kWarpSize ? kTreeWaiting : list.room();
 #pragma unroll
   for (int d = 0; d < walk.kAxes; ++d) {
     walk.query[d] = d < search.dims ? search.queries[row * search.dims + d] : C{0};
@@ -426,7 +428,9 @@ std::tuple<Tensor, Tensor> neighbour_search(const Tensor& p1, const Tensor& p2,
                            radius_key<C>(form, radius),
                            static_cast<C*>(dists.mutable_data_ptr()),
                            static_cast<int64_t*>(indices.mutable_data_ptr())};
-    if (longest <= kMostByTiles || dims > kTreeDims || points.size(0) == 0) {
+    const bool large =
+        longest > kMostByTiles || (longest > kFewPoints && longest > kManyPairs / rows);
+    if (!large || dims > kTreeDims || points.size(0) == 0) {
       return launch_search<C>(stream, search, nullptr, nullptr);
     }
     const PointTreeMemory<C> memory = build_tree<C>(stream, points, search.among, longest);

@@ -103,15 +103,17 @@ __global__ void __launch_bounds__(kTreeThreads)
   }
 }
 
-// Sorting by these leaves each cloud, and the rows between clouds, where they are.
+// Sorting by these leaves each cloud, and the rows between clouds, where they are. Keys have the
+// first `code_bits` bits of a Morton code.
 template <class C>
 __global__ void __launch_bounds__(kTreeThreads)
-    tree_keys(Clouds clouds, const C* points, int64_t dims, const uint64_t* bounds, int64_t* keys) {
+    tree_keys(Clouds clouds, const C* points, int64_t dims, const uint64_t* bounds, int code_bits,
+              int32_t* keys) {
   const int64_t row = int64_t{blockIdx.x} * kTreeThreads + threadIdx.x;
   if (row >= clouds.rows) return;
   const int64_t cloud = clouds.last_from(row);
   if (cloud < 0 || row >= clouds.end(cloud)) {
-    keys[row] = (2 * cloud + 2) << math::kMortonBits;
+    keys[row] = static_cast<int32_t>((2 * cloud + 2) << code_bits);
     return;
   }
   const int axes = math::morton_axes(dims);
@@ -126,7 +128,8 @@ __global__ void __launch_bounds__(kTreeThreads)
     lowest[d] = static_cast<C>(lower);
   }
   const uint32_t code = math::morton_code(point, lowest, math::morton_scale(extent, axes), axes);
-  keys[row] = (2 * cloud + 1) << math::kMortonBits | code;
+  keys[row] =
+      static_cast<int32_t>((2 * cloud + 1) << code_bits | code >> (math::kMortonBits - code_bits));
 }
 
 // By a warp, a member of the group a lane: the box of all members along a dimension.
@@ -210,9 +213,14 @@ PointTreeMemory<C> build_tree(const Stream& stream, const Tensor& points, const 
   const int64_t blocks_each = blocks_for(longest < 1 ? 1 : longest, kBoundsRows);
   stream.launch("tree_bounds", tree_bounds<C>, blocks_for(clouds.count * blocks_each, 1),
                 kTreeThreads, clouds, data, dims, blocks_each, bound_data);
-  const Tensor keys = empty(points, {clouds.rows}, ScalarType::Long);
+  STD_TORCH_CHECK(clouds.count < 1 << 30, "fastzoo: fewer than 2^30 clouds expected, got ",
+                  clouds.count);
+  int code_bits = math::kMortonBits;  // keys of 32 bits are sorted faster than those of 64
+  while ((2 * clouds.count + 1) << code_bits > int64_t{1} << 31) --code_bits;
+  const Tensor keys = empty(points, {clouds.rows}, ScalarType::Int);
   stream.launch("tree_keys", tree_keys<C>, blocks_for(clouds.rows, kTreeThreads), kTreeThreads,
-                clouds, data, dims, bound_data, static_cast<int64_t*>(keys.mutable_data_ptr()));
+                clouds, data, dims, bound_data, code_bits,
+                static_cast<int32_t*>(keys.mutable_data_ptr()));
 
   PointTreeMemory<C> memory;
   memory.order = sort_rows(keys).indices;
