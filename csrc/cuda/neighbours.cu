@@ -26,8 +26,8 @@ constexpr int kPart = kEach * kWarpSize;
 static_assert(kPart <= kMostAppended);
 constexpr int64_t kMostNeighbours = 1024;
 
-// Clouds of more points are searched by a tree: and of more than a few, where the pairs are so many
-// that they take longer than the sort that builds one.
+// Larger clouds are searched by a tree, and so are smaller ones of more than a few points where the
+// pairs are so many that they take longer than the sort that builds a tree.
 #if defined(FASTZOO_EMULATE)
 constexpr int64_t kMostByTiles = 64;
 #else
