@@ -271,7 +271,7 @@ struct Walk {
   const PointTree<C>& tree;
   Memory& memory;
   List& list;
-  int64_t cloud;
+  CloudGroups cloud;
   C query[kAxes];
   int waiting;  // at most, in the list
 
@@ -303,7 +303,7 @@ struct Walk {
   template <int level>
   FASTZOO_DEVICE void visit(int64_t within) {
     const int lane = threadIdx.x % kWarpSize;
-    const int64_t group = tree.first_group(cloud, level) + within;
+    const int64_t group = cloud.first(level) + within;
     const bool two = kDims > 0 || search.norm == Norm::two;
     if constexpr (level == 0) {
       const int32_t index = tree.indices[group * kWarpSize + lane];
@@ -316,7 +316,7 @@ struct Walk {
           two ? box_distance<Norm::two>(group, level) : box_distance<Norm::one>(group, level);
       // A distance that is not known may be any.
       DistanceBits<C> nearest = math::is_nan(distance) ? 0 : math::distance_bits(distance);
-      if (within * kWarpSize + lane >= tree.group_count(cloud, level - 1)) nearest = kNoBits<C>;
+      if (within * kWarpSize + lane >= cloud.count(level - 1)) nearest = kNoBits<C>;
       for (;;) {
         const DistanceBits<C> least = warp_least(nearest);
         if (least == kNoBits<C> || least > search.farthest(list.limit)) return;
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
   const int64_t turn = int64_t{blockIdx.x} * List::kWarps + warp;
   if (turn >= search.from.rows) return;
   const int64_t row = order == nullptr ? turn : order[turn];
-  const int64_t cloud = search.from.of_row(row);
+  const CloudGroups cloud = tree.of_cloud(search.from.of_row(row));
 
   List list;
   list.start(search.k, search.limit(), warp * List::kKeys);
@@ -348,10 +348,10 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
   for (int d = 0; d < walk.kAxes; ++d) {
     walk.query[d] = d < search.dims ? search.queries[row * search.dims + d] : C{0};
   }
-  const int64_t groups = cloud < 0 ? 0 : tree.group_count(cloud, kTreeTop);
+  const int64_t groups = cloud.count(kTreeTop);
   for (int64_t group = 0; group < groups; ++group) walk.template visit<kTreeTop>(group);
   list.settle(memory, 0);
-  search.put(row, cloud < 0 ? 0 : search.among.begin(cloud), list, memory);
+  search.put(row, cloud.begin, list, memory);
 }
 
 template <class C, int kDims, class List>

@@ -219,9 +219,9 @@ void test_correct_kernels() {
     int places_taken = 0;
     emulator::launch("take_places", take_places, 1, kThreads, places, &places_taken, least);
     CHECK(places_taken == kThreads / 2);
-    for (int i = 0; i < kThreads / 2; ++i) CHECK(places[i] == 2 * i + 1 || places[i] == 2 * i + 2);
-    for (int warp = 0; warp < kThreads / kWarpSize; ++warp) {
-      CHECK(least[warp] == 1000 - (warp + 1) * kWarpSize + 1);
+    for (uint32_t i = 0; i < kThreads / 2; ++i) CHECK((places[i] - 1) / 2 == i);
+    for (uint32_t warp = 0; warp < kThreads / kWarpSize; ++warp) {
+      CHECK(least[warp] == 1000 - warp * kWarpSize - (kWarpSize - 1));
     }
 
     alignas(16) float from[4 * kThreads], to[4 * kThreads];
