@@ -32,6 +32,12 @@ inline Tensor dense_as(const Tensor& tensor, ScalarType dtype) {
   return torch::stable::contiguous(torch::stable::to(tensor, dtype));
 }
 
+// How many threads are worth their start where each of so many points is met a few times.
+inline int64_t threads_for_points(int64_t points) {
+  constexpr int64_t kPointsWorthAThread = 16384;
+  return std::min<int64_t>(torch::stable::get_num_threads(), 1 + points / kPointsWorthAThread);
+}
+
 // Calls body with each part in [0, parts), in parallel.
 constexpr auto run_parts = [](int64_t parts, const auto& body) {
   if (parts == 1) return body(0);

@@ -36,9 +36,10 @@ struct Panels {
 
   // Brings near points of a cloud together.
   template <class T>
-  void sort(int64_t b, const Cloud& cloud, const T* points, int64_t dims, int64_t threads) {
+  void sort(int64_t b, const Cloud& cloud, const T* points, int64_t dims) {
     const std::vector<int32_t> order =
-        cpu::morton_order(points + cloud.begin * dims, cloud.size(), dims, threads, run_parts);
+        cpu::morton_order(points + cloud.begin * dims, cloud.size(), dims,
+                          threads_for_points(cloud.size()), run_parts);
     int64_t* const own = rows.data() + begins[b] * kDensityPanel;
     for (size_t i = 0; i < order.size(); ++i) own[i] = cloud.begin + order[i];
   }
@@ -48,7 +49,7 @@ struct Panels {
 template <class T>
 bool is_wide(const Cloud& cloud, const T* points, const T* scale, int64_t dims, T reach) {
   constexpr int64_t kLarge = 2048;
-  constexpr T kWide = 16;  // the square of an extent, in reaches
+  constexpr T kWide = 2;  // the square of an extent, in reaches
   if (dims > cpu::kDensityBoxDims || cloud.size() < kLarge) return false;
   const T least = *std::min_element(scale + cloud.begin, scale + cloud.end);
   for (int64_t d = 0; d < dims; ++d) {
@@ -70,7 +71,7 @@ struct Pairs {
   Panels query_panels, point_panels;
   DensityArgs args{};
   bool wide = false;
-  int64_t threads;
+  int64_t threads = 1;
 
   Pairs(const Tensor& queries, const Tensor& points, const Tensor& scale, const Tensor& weight,
         const Tensor& ranges1, const Tensor& ranges2, const std::string& kernel)
@@ -109,14 +110,14 @@ struct Pairs {
     for (size_t b = 0; b < point_clouds.size(); ++b) {
       if (!is_wide(point_clouds[b], p2, scales, args.dims, reach)) continue;
       wide = true;
-      point_panels.sort(b, point_clouds[b], p2, args.dims, threads);
+      point_panels.sort(b, point_clouds[b], p2, args.dims);
       if (p1 == p2 && query_clouds[b].begin == point_clouds[b].begin &&
           query_clouds[b].end == point_clouds[b].end) {
         std::copy(point_panels.rows.begin() + point_panels.begins[b] * kDensityPanel,
                   point_panels.rows.begin() + point_panels.begins[b + 1] * kDensityPanel,
                   query_panels.rows.begin() + query_panels.begins[b] * kDensityPanel);
       } else {
-        query_panels.sort(b, query_clouds[b], p1, args.dims, threads);
+        query_panels.sort(b, query_clouds[b], p1, args.dims);
       }
     }
   }

@@ -25,6 +25,8 @@ FASTZOO_HD double maximum(double a, double b) { return a < b ? b : a; }
 FASTZOO_HD float minimum(float a, float b) { return b < a ? b : a; }
 FASTZOO_HD double minimum(double a, double b) { return b < a ? b : a; }
 
+FASTZOO_HD float absolute(float a) { return __builtin_fabsf(a); }
+FASTZOO_HD double absolute(double a) { return __builtin_fabs(a); }
 FASTZOO_HD bool greater(float a, float b) { return a > b; }
 FASTZOO_HD bool greater(double a, double b) { return a > b; }
 FASTZOO_HD float select(bool condition, float a, float b) { return condition ? a : b; }

@@ -20,9 +20,6 @@ namespace fastzoo::math {
 
 enum class Norm : int { one = 1, two = 2 };
 
-FASTZOO_HD float absolute(float a) { return __builtin_fabsf(a); }
-FASTZOO_HD double absolute(double a) { return __builtin_fabs(a); }
-
 // What a dimension adds to the distance. V is a scalar or the CPU's vector.
 template <Norm kNorm, class V>
 FASTZOO_HD V distance_term(V a, V b) {
@@ -46,12 +43,15 @@ FASTZOO_HD V box_distance_term(V q, V lower, V upper) {
   }
 }
 
-// Candidates have a distance below this; an infinite radius admits all, whatever their distance.
+// Candidates have a distance below this, where the radius limits.
 template <class T>
 FASTZOO_HD T radius_limit(Norm norm, double radius) {
   const T rounded = static_cast<T>(radius);
   return norm == Norm::two ? rounded * rounded : rounded;
 }
+
+// False for an infinite radius alone: then a candidate may be at any distance, NaN too.
+FASTZOO_HD bool radius_limits(double radius) { return radius != __builtin_inf(); }
 
 // Distances are never negative: their bits ascend as they do. Every NaN is one, and the last.
 FASTZOO_HD uint32_t distance_bits(float distance) {

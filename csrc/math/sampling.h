@@ -17,8 +17,9 @@ FASTZOO_HD T cell_of(T coordinate, T start, T size) {
   return floor_of((coordinate - start) / size) + T(0);
 }
 
-// A hash of a point's cells: start from 0 and add the cell of each dimension in turn. Grids have
-// few high bits that differ, and tables are indexed by the low ones of the hash: hence the shift.
+// A hash of a point's cells: start from 0 and add the cell of each dimension in turn. Cells are
+// small whole numbers, whose bits differ in the high ones alone, and tables are indexed by the low
+// bits of the hash: hence the shifts.
 FASTZOO_HD uint64_t add_to_hash(uint64_t hash, uint64_t bits) {
   hash = (hash ^ bits) * 0x9e3779b97f4a7c15u;
   return hash ^ hash >> 32;
@@ -27,7 +28,8 @@ FASTZOO_HD uint64_t hash_cell(uint64_t hash, float cell) {
   return add_to_hash(hash, bits_as<uint32_t>(cell));
 }
 FASTZOO_HD uint64_t hash_cell(uint64_t hash, double cell) {
-  return add_to_hash(hash, bits_as<uint64_t>(cell));
+  const uint64_t bits = bits_as<uint64_t>(cell);
+  return add_to_hash(hash, bits ^ bits >> 32);
 }
 
 }  // namespace fastzoo::math

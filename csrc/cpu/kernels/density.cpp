@@ -160,7 +160,9 @@ struct Tile {
       for (int64_t i = 0; i < panels; ++i) scratch.near[i] = static_cast<int32_t>(i);
       return panels;
     }
-    const V reach(math::density_reach<T>(kKernel));
+    // Exponentials are 0 already where their values are below the smallest normal number.
+    const V reach(kKernel == DensityKernel::gaussian ? -Exponential<T>::kLeast
+                                                     : math::density_reach<T>(kKernel));
     int64_t found = 0;
     for (int64_t i = 0; i < panels; i += V::size) {
       const int64_t at = task.first_panel + i;
