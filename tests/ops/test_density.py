@@ -74,6 +74,22 @@ def test_a_narrow_bandwidth_on_a_large_cloud(kernel: str) -> None:
     np.testing.assert_allclose(found.numpy(), right.numpy(), rtol=2e-5)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])  # which has all terms
+def test_tiles_of_zero_terms_change_nothing(backend: str, kernel: str) -> None:
+    points = random_points(1, 1100, 2, seed=9)[0].double()
+    apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = apart.div(0.0317).square()
+    profile = {
+        "gaussian": torch.exp(-distances / 2) / (2 * torch.pi),
+        "epanechnikov": (1 - distances).clamp(min=0) * 2 / torch.pi,
+        "tophat": (distances < 1).double() / torch.pi,
+    }[kernel]
+    right = profile.mean(1) / 0.0317**2
+    found = ops.kernel_density(points.to(DEVICE), 0.0317, kernel=kernel, backend=backend)
+    np.testing.assert_allclose(found.cpu().numpy(), right.numpy(), rtol=1e-11)
+
+
 @pytest.mark.parametrize("shape", [(3, 500, 3), (1, 2100, 2)], ids=["small", "wide"])
 def test_every_instruction_set(shape: tuple[int, int, int], capability: str) -> None:
     points = random_points(*shape, seed=7).requires_grad_()

@@ -194,6 +194,10 @@ def test_three_nearest_have_distances_not_squares() -> None:
     right, right_idx = cKDTree(known[1].numpy()).query(unknown[1].numpy(), 3)
     assert idx[1].tolist() == right_idx.tolist()
     np.testing.assert_allclose(dist[1].numpy(), right, rtol=1e-6)
+    (grad,) = torch.autograd.grad(ops.three_nn(known.requires_grad_(), known)[0].sum(), known)
+    assert grad.isfinite().all()  # of points that coincide as well
+    with pytest.raises(ValueError, match="known"):
+        ops.three_nn(unknown, known[:, :2])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -226,3 +230,13 @@ def test_a_cloud_with_itself(backend: str, kind: str) -> None:
         assert torch.equal(found.idx[some].cpu(), torch.from_numpy(right))
         right_dists = np.take_along_axis(apart, right, 1)
         assert torch.equal(found.dists[some].cpu(), torch.from_numpy(right_dists))
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_padding_is_pytorch3ds(backend: str) -> None:
+    points = random_points(1, 4, seed=19).to(DEVICE) + 1
+    found = ops.knn_points(points[:, :2], points[:, :2], K=3, return_nn=True, backend=backend)
+    assert found.knn is not None
+    assert found.idx[0, :, 2].tolist() == [0, 0]
+    assert found.dists[0, :, 2].tolist() == [0, 0]
+    assert not found.knn[0, :, 2].any()

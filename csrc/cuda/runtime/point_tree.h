@@ -204,15 +204,14 @@ struct PointTreeMemory {
   const int64_t* row_at() const { return static_cast<const int64_t*>(order.const_data_ptr()); }
 };
 
-// Of points [rows, dims], rows > 0 and dims up to kTreeDims. `longest` is the size of no smaller a
-// cloud than the largest.
+// Which of points [rows, dims], rows > 0, stands at each place when every cloud is in Morton order;
+// rows of no cloud stay where they are. `longest` is the size of no smaller a cloud than the
+// largest.
 template <class C>
-PointTreeMemory<C> build_tree(const Stream& stream, const Tensor& points, const Clouds& clouds,
-                              int64_t longest) {
+Tensor morton_order(const Stream& stream, const Tensor& points, const Clouds& clouds,
+                    int64_t longest) {
   const int64_t dims = points.size(1);
-  const int64_t tree_dims = dims < kFewDims ? kFewDims : dims;
   const C* data = static_cast<const C*>(points.const_data_ptr());
-
   const Tensor bounds =
       torch::stable::new_zeros(points, {clouds.count, kFewDims, 2}, ScalarType::Long);
   uint64_t* bound_data = static_cast<uint64_t*>(bounds.mutable_data_ptr());
@@ -227,9 +226,19 @@ PointTreeMemory<C> build_tree(const Stream& stream, const Tensor& points, const 
   stream.launch("tree_keys", tree_keys<C>, blocks_for(clouds.rows, kTreeThreads), kTreeThreads,
                 clouds, data, dims, bound_data, code_bits,
                 static_cast<int32_t*>(keys.mutable_data_ptr()));
+  return sort_rows(keys).indices;
+}
+
+// Of points as above, of up to kTreeDims dimensions.
+template <class C>
+PointTreeMemory<C> build_tree(const Stream& stream, const Tensor& points, const Clouds& clouds,
+                              int64_t longest) {
+  const int64_t dims = points.size(1);
+  const int64_t tree_dims = dims < kFewDims ? kFewDims : dims;
+  const C* data = static_cast<const C*>(points.const_data_ptr());
 
   PointTreeMemory<C> memory;
-  memory.order = sort_rows(keys).indices;
+  memory.order = morton_order<C>(stream, points, clouds, longest);
   PointTree<C>& tree = memory.tree;
   tree.clouds = clouds;
   tree.dims = static_cast<int>(tree_dims);
