@@ -55,6 +55,7 @@ def _outputs(
     WIDTHS: tl.constexpr,
     PADDED: tl.constexpr,
     OFFSETS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """The outputs of the first AFTER layers; of none, the coordinates themselves."""
@@ -81,7 +82,7 @@ def _outputs(
                 mask=within[None, :] & (into < WIDTHS[i])[:, None],
                 other=0.0,
             )
-            total = tl.dot(x, matrix, total, input_precision="ieee", out_dtype=dtype)
+            total = tl.dot(x, matrix, total, input_precision=PRECISION, out_dtype=dtype)
         x = tl.where(total < 0, 0.0, total)
     return x
 
@@ -100,6 +101,7 @@ def _weights_kernel(
     PADDED: tl.constexpr,
     OFFSETS: tl.constexpr,
     LAYERS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     edge = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -117,6 +119,7 @@ def _weights_kernel(
         WIDTHS,
         PADDED,
         OFFSETS,
+        PRECISION,
         BLOCK_E,
     )
     if scale is not None:
@@ -258,6 +261,7 @@ def _net_gradient_kernel(
     PADDED: tl.constexpr,
     OFFSETS: tl.constexpr,
     LAYERS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     dtype = net.dtype.element_ty
@@ -282,10 +286,21 @@ def _net_gradient_kernel(
         there = row >= 0
         centre = edge // neighbours
         above = _outputs(
-            xyz, centres, net, row, centre, there, LAYERS, WIDTHS, PADDED, OFFSETS, BLOCK_E
+            xyz,
+            centres,
+            net,
+            row,
+            centre,
+            there,
+            LAYERS,
+            WIDTHS,
+            PADDED,
+            OFFSETS,
+            PRECISION,
+            BLOCK_E,
         )
         if MOMENTS:
-            g = tl.dot(above - middle[None, :], matrix, input_precision="ieee", out_dtype=dtype)
+            g = tl.dot(above - middle[None, :], matrix, input_precision=PRECISION, out_dtype=dtype)
             g = tl.where(there[:, None], g + along[None, :], 0.0)
         else:
             g = tl.load(
@@ -299,8 +314,7 @@ def _net_gradient_kernel(
         if LAYERS == 0 and grad_coordinates is not None:
             at = grad_coordinates + edge[:, None] * DIMS + lane[None, :]
             tl.store(at, g, mask=inside[:, None] & within[None, :])
-        for step in tl.static_range(LAYERS):
-            i = LAYERS - 1 - step
+        for i in tl.static_range(LAYERS - 1, -1, -1):
             out = tl.arange(0, PADDED[i + 1])
             live = out < WIDTHS[i + 1]
             bias = OFFSETS[i] + WIDTHS[i] * WIDTHS[i + 1]
@@ -308,22 +322,33 @@ def _net_gradient_kernel(
             _add(partial + bias + out, tl.sum(g, axis=0), live)
             if i > 0:
                 above = _outputs(
-                    xyz, centres, net, row, centre, there, i, WIDTHS, PADDED, OFFSETS, BLOCK_E
+                    xyz,
+                    centres,
+                    net,
+                    row,
+                    centre,
+                    there,
+                    i,
+                    WIDTHS,
+                    PADDED,
+                    OFFSETS,
+                    PRECISION,
+                    BLOCK_E,
                 )
                 into = tl.arange(0, PADDED[i])
                 at = OFFSETS[i] + out[:, None] * WIDTHS[i] + into[None, :]
                 inner = live[:, None] & (into < WIDTHS[i])[None, :]
-                by_edges = tl.dot(tl.trans(g), above, input_precision="ieee", out_dtype=dtype)
+                by_edges = tl.dot(tl.trans(g), above, input_precision=PRECISION, out_dtype=dtype)
                 _add(partial + at, by_edges, inner)
                 weight = tl.load(net + at, mask=inner, other=0.0)
-                g = tl.dot(g, weight, input_precision="ieee", out_dtype=dtype)
+                g = tl.dot(g, weight, input_precision=PRECISION, out_dtype=dtype)
             else:
                 for d in range(DIMS):
-                    at = OFFSETS[0] + out * DIMS + d
                     x = _coordinate(xyz, centres, row, centre, there, d, DIMS)
-                    _add(partial + at, tl.sum(g * x[:, None], axis=0), live)
+                    column_at = out * DIMS + d
+                    _add(partial + column_at, tl.sum(g * x[:, None], axis=0), live)
                     if grad_coordinates is not None:
-                        column = tl.load(net + at, mask=live, other=0.0)
+                        column = tl.load(net + column_at, mask=live, other=0.0)
                         by_d = tl.sum(g * column[None, :], axis=1)
                         tl.store(grad_coordinates + edge * DIMS + d, by_d, mask=inside)
         # Another thread may be the next to add to what this one wrote.
@@ -345,6 +370,7 @@ def _moments_kernel(
     PADDED: tl.constexpr,
     OFFSETS: tl.constexpr,
     LAYERS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     OUTPUTS: tl.constexpr = WIDTHS[LAYERS]
@@ -373,6 +399,7 @@ def _moments_kernel(
             WIDTHS,
             PADDED,
             OFFSETS,
+            PRECISION,
             BLOCK_E,
         ).to(tl.float64)
         if mean is not None:
@@ -396,13 +423,6 @@ class Tile(NamedTuple):
 
 def _padded(width: int) -> int:
     return max(SMALLEST, triton.next_power_of_2(width))
-
-
-def _edges_at_a_time(machine: int, size: int, widest: int) -> int:
-    """Edges of a tile, whose outputs are numbers of so many bytes, at most so many of an edge."""
-    if machine == INTERPRETER:
-        return 512
-    return max(SMALLEST, min(64, 4096 * 4 // (size * widest)))
 
 
 def _tile(machine: int, operand: torch.dtype, neighbours: int, channels: int) -> Tile:
@@ -431,18 +451,34 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float16 else "ieee"
 
 
-def _network(dims: int, widths: list[int]) -> dict[str, Any]:
+class Network(NamedTuple):
+    """How kernels that run the network are launched."""
+
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+
+def _network(machine: int, dtype: torch.dtype, dims: int, widths: list[int]) -> Network:
     """Widths from the coordinates up, as padded, and where each layer's parameters begin."""
     all_widths = (dims, *widths)
+    padded = tuple(_padded(width) for width in all_widths)
     offsets = [0]
     for below, width in zip(all_widths[:-1], widths, strict=True):
         offsets.append(offsets[-1] + (below + 1) * width)
-    return {
+    wide = max(padded[1:] or padded) > 32
+    single = dtype == torch.float32
+    edges = 512 if machine == INTERPRETER else 16 if wide else 32
+    constants = {
         "WIDTHS": all_widths,
-        "PADDED": tuple(_padded(width) for width in all_widths),
+        "PADDED": padded,
         "OFFSETS": tuple(offsets),
         "LAYERS": len(widths),
+        # Where the operands of a plain product would fill the registers, three of tf32 have nearly
+        # the digits of float32.
+        "PRECISION": "tf32x3" if wide and single else "ieee",
+        "BLOCK_E": edges,
     }
+    return Network(constants, {"num_warps": 8 if wide else 4, **FUSED})
 
 
 class _Edges:
@@ -460,14 +496,11 @@ class _Edges:
         self.middle = centres.contiguous().flatten(0, 1)
         self.rows = edge_rows(neighbours, self.points).view(self.centres, self.k)
         self.net = net.contiguous()
-        self.network = _network(self.dims, widths)
-        self.network["BLOCK_E"] = _edges_at_a_time(
-            self.machine, net.itemsize, max(self.network["PADDED"])
-        )
+        self.network = _network(self.machine, net.dtype, self.dims, widths)
 
     def parts(self, edges: int, most: int) -> tuple[int, int]:
         """Among how many programs edges are split, in whole tiles, and how many each has."""
-        block = self.network["BLOCK_E"]
+        block = self.network.constants["BLOCK_E"]
         each = triton.cdiv(triton.cdiv(edges, block), most) * block
         return triton.cdiv(edges, each), each
 
@@ -487,7 +520,7 @@ class _Edges:
         weights = torch.empty(*rows.shape, self.outputs, dtype=dtype, device=rows.device)
         if weights.numel():
             with on_device_of(weights):
-                _weights_kernel[(triton.cdiv(rows.numel(), self.network["BLOCK_E"]),)](
+                _weights_kernel[(triton.cdiv(rows.numel(), self.network.constants["BLOCK_E"]),)](
                     self.xyz,
                     self.middle[chunk],
                     rows,
@@ -496,8 +529,8 @@ class _Edges:
                     weights,
                     rows.numel(),
                     self.k,
-                    **self.network,
-                    **FUSED,
+                    **self.network.constants,
+                    **self.network.options,
                 )
         return weights
 
@@ -521,7 +554,7 @@ class _Edges:
                 SUM=TRITON_TYPES[compute_dtype(features)],
                 BLOCK_K=tile.neighbours,
                 BLOCK_C=tile.channels,
-                BLOCK_M=self.network["PADDED"][-1],
+                BLOCK_M=self.network.constants["PADDED"][-1],
                 **FUSED,
             )
 
@@ -553,14 +586,14 @@ class _Edges:
                 SUM=TRITON_TYPES[dtype],
                 BLOCK_K=tile.neighbours,
                 BLOCK_C=tile.channels,
-                BLOCK_M=self.network["PADDED"][-1],
+                BLOCK_M=self.network.constants["PADDED"][-1],
                 **FUSED,
             )
         return grad_weights
 
     def net_partial(self) -> torch.Tensor:
         """Where the programs of ``net_gradient`` add up their parts."""
-        parameters = self.network["OFFSETS"][-1]
+        parameters = self.network.constants["OFFSETS"][-1]
         fitting = PARTS_BYTES[self.machine] // (8 * max(parameters, 1))
         parts = max(1, min(PARTS[self.machine], fitting))
         return torch.zeros(parts, parameters, dtype=torch.float64, device=self.net.device)
@@ -605,8 +638,8 @@ class _Edges:
                 each,
                 self.k,
                 MOMENTS=grad_weights is None,
-                **self.network,
-                **FUSED,
+                **self.network.constants,
+                **self.network.options,
             )
         return coordinates
 
@@ -630,8 +663,8 @@ class _Edges:
                 edges,
                 each,
                 self.k,
-                **self.network,
-                **FUSED,
+                **self.network.constants,
+                **self.network.options,
             )
         return sums.sum(0)
 
@@ -811,39 +844,46 @@ def compile_cases(generation: int) -> list[CompileCase]:
     cases = []
 
     def add(
-        name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], **checks: Any
+        name: str,
+        kernel: Any,
+        types: dict[str, str],
+        constants: dict[str, Any],
+        options: dict[str, Any] = FUSED,
+        **checks: Any,
     ) -> None:
-        cases.append(CompileCase(name, kernel, types, constants, FUSED, fused=True, **checks))
+        cases.append(CompileCase(name, kernel, types, constants, options, fused=True, **checks))
 
-    for type_, size in (("fp32", 4), ("fp64", 8)):
-        pointers = dict.fromkeys(("xyz", "centres", "net"), f"*{type_}")
-        places = {**pointers, "rows": "*i64", "edges": "i32", "neighbours": "i32"}
-        scaled = dict.fromkeys(("scale", "grad_scale", "grad_weights"), f"*{type_}")
-        moments = dict.fromkeys(("grad_mean", "grad_product", "mean"), f"*{type_}")
-        for dims, widths in ((3, [8, 8, 16]), (3, [64, 64, 64]), (3, [])):
-            network = _network(dims, widths)
-            network["BLOCK_E"] = _edges_at_a_time(machine, size, max(network["PADDED"]))
-            name = f"{'-'.join(map(str, widths)) or 'coordinates'}-{type_}"
-            add(
-                f"weights-{name}",
-                _weights_kernel,
-                {**places, "scale": f"*{type_}", "weights": f"*{type_}"},
-                network,
-            )
-            parts = {"partial": "*fp64", "grad_coordinates": f"*{type_}", "each": "i32"}
-            for of, types in (("weights", scaled), ("moments", moments)):
-                add(
-                    f"net-gradient-{of}-{name}",
-                    _net_gradient_kernel,
-                    {**places, **parts, **types},
-                    {**network, "MOMENTS": of == "moments"},
-                )
-            for of, types in (("mean", {}), ("covariance", {"mean": "*fp64"})):
-                add(
-                    f"moments-{of}-{name}",
+    for dtype in (torch.float32, torch.float64):
+        type_ = f"*{short_name(dtype)}"
+        places = {
+            **dict.fromkeys(("xyz", "centres", "net"), type_),
+            "rows": "*i64",
+            **dict.fromkeys(("edges", "neighbours"), "i32"),
+        }
+        parts = {"partial": "*fp64", "grad_coordinates": type_, "each": "i32"}
+        scaled = dict.fromkeys(("scale", "grad_scale", "grad_weights"), type_)
+        moments = dict.fromkeys(("grad_mean", "grad_product", "mean"), type_)
+        for widths in ([8, 8, 16], [64, 64, 64], []):
+            network = _network(machine, dtype, 3, widths)
+            variants: tuple[tuple[str, Any, dict[str, str], dict[str, Any]], ...] = (
+                ("weights", _weights_kernel, {"scale": type_, "weights": type_}, {}),
+                ("net-gradient", _net_gradient_kernel, {**parts, **scaled}, {"MOMENTS": False}),
+                ("moments-gradient", _net_gradient_kernel, {**parts, **moments}, {"MOMENTS": True}),
+                ("mean", _moments_kernel, {"sums": "*fp64", "each": "i32"}, {}),
+                (
+                    "covariance",
                     _moments_kernel,
-                    {**places, "sums": "*fp64", "each": "i32", **types},
-                    network,
+                    {"mean": "*fp64", "sums": "*fp64", "each": "i32"},
+                    {},
+                ),
+            )
+            for name, kernel, types, constants in variants:
+                add(
+                    "-".join(map(str, (name, *widths, type_[1:]))),
+                    kernel,
+                    {**places, **types},
+                    {**network.constants, **constants},
+                    network.options,
                 )
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         type_, held = short_name(dtype), gradient_dtype(dtype)
