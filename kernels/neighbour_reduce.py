@@ -145,7 +145,7 @@ def _dot_kernel(
 def edge_rows(neighbours: torch.Tensor, points: int) -> torch.Tensor:
     """``[B, S, K]``: each edge's row among all clouds' of ``points`` rows each, -1 for none."""
     cloud = torch.arange(len(neighbours), device=neighbours.device) * points
-    return torch.where(neighbours < 0, -1, neighbours + cloud[:, None, None])
+    return torch.where(neighbours < 0, -1, neighbours + cloud[:, None, None]).contiguous()
 
 
 def inverse_list(rows: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:

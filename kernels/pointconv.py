@@ -55,7 +55,6 @@ def _outputs(
     WIDTHS: tl.constexpr,
     PADDED: tl.constexpr,
     OFFSETS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """The outputs of the first AFTER layers; of none, the coordinates themselves."""
@@ -82,7 +81,7 @@ def _outputs(
                 mask=within[None, :] & (into < WIDTHS[i])[:, None],
                 other=0.0,
             )
-            total = tl.dot(x, matrix, total, input_precision=PRECISION, out_dtype=dtype)
+            total = tl.dot(x, matrix, total, input_precision="ieee", out_dtype=dtype)
         x = tl.where(total < 0, 0.0, total)
     return x
 
@@ -101,7 +100,6 @@ def _weights_kernel(
     PADDED: tl.constexpr,
     OFFSETS: tl.constexpr,
     LAYERS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     edge = tl.program_id(0).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -119,7 +117,6 @@ def _weights_kernel(
         WIDTHS,
         PADDED,
         OFFSETS,
-        PRECISION,
         BLOCK_E,
     )
     if scale is not None:
@@ -261,7 +258,6 @@ def _net_gradient_kernel(
     PADDED: tl.constexpr,
     OFFSETS: tl.constexpr,
     LAYERS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     dtype = net.dtype.element_ty
@@ -296,11 +292,10 @@ def _net_gradient_kernel(
             WIDTHS,
             PADDED,
             OFFSETS,
-            PRECISION,
             BLOCK_E,
         )
         if MOMENTS:
-            g = tl.dot(above - middle[None, :], matrix, input_precision=PRECISION, out_dtype=dtype)
+            g = tl.dot(above - middle[None, :], matrix, input_precision="ieee", out_dtype=dtype)
             g = tl.where(there[:, None], g + along[None, :], 0.0)
         else:
             g = tl.load(
@@ -332,16 +327,15 @@ def _net_gradient_kernel(
                     WIDTHS,
                     PADDED,
                     OFFSETS,
-                    PRECISION,
                     BLOCK_E,
                 )
                 into = tl.arange(0, PADDED[i])
                 at = OFFSETS[i] + out[:, None] * WIDTHS[i] + into[None, :]
                 inner = live[:, None] & (into < WIDTHS[i])[None, :]
-                by_edges = tl.dot(tl.trans(g), above, input_precision=PRECISION, out_dtype=dtype)
+                by_edges = tl.dot(tl.trans(g), above, input_precision="ieee", out_dtype=dtype)
                 _add(partial + at, by_edges, inner)
                 weight = tl.load(net + at, mask=inner, other=0.0)
-                g = tl.dot(g, weight, input_precision=PRECISION, out_dtype=dtype)
+                g = tl.dot(g, weight, input_precision="ieee", out_dtype=dtype)
             else:
                 for d in range(DIMS):
                     x = _coordinate(xyz, centres, row, centre, there, d, DIMS)
@@ -370,7 +364,6 @@ def _moments_kernel(
     PADDED: tl.constexpr,
     OFFSETS: tl.constexpr,
     LAYERS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     OUTPUTS: tl.constexpr = WIDTHS[LAYERS]
@@ -399,7 +392,6 @@ def _moments_kernel(
             WIDTHS,
             PADDED,
             OFFSETS,
-            PRECISION,
             BLOCK_E,
         ).to(tl.float64)
         if mean is not None:
@@ -458,7 +450,7 @@ class Network(NamedTuple):
     options: dict[str, Any]
 
 
-def _network(machine: int, dtype: torch.dtype, dims: int, widths: list[int]) -> Network:
+def _network(machine: int, dims: int, widths: list[int]) -> Network:
     """Widths from the coordinates up, as padded, and where each layer's parameters begin."""
     all_widths = (dims, *widths)
     padded = tuple(_padded(width) for width in all_widths)
@@ -466,16 +458,12 @@ def _network(machine: int, dtype: torch.dtype, dims: int, widths: list[int]) -> 
     for below, width in zip(all_widths[:-1], widths, strict=True):
         offsets.append(offsets[-1] + (below + 1) * width)
     wide = max(padded[1:] or padded) > 32
-    single = dtype == torch.float32
     edges = 512 if machine == INTERPRETER else 16 if wide else 32
     constants = {
         "WIDTHS": all_widths,
         "PADDED": padded,
         "OFFSETS": tuple(offsets),
         "LAYERS": len(widths),
-        # Where the operands of a plain product would fill the registers, three of tf32 have nearly
-        # the digits of float32.
-        "PRECISION": "tf32x3" if wide and single else "ieee",
         "BLOCK_E": edges,
     }
     return Network(constants, {"num_warps": 8 if wide else 4, **FUSED})
@@ -496,7 +484,7 @@ class _Edges:
         self.middle = centres.contiguous().flatten(0, 1)
         self.rows = edge_rows(neighbours, self.points).view(self.centres, self.k)
         self.net = net.contiguous()
-        self.network = _network(self.machine, net.dtype, self.dims, widths)
+        self.network = _network(self.machine, self.dims, widths)
 
     def parts(self, edges: int, most: int) -> tuple[int, int]:
         """Among how many programs edges are split, in whole tiles, and how many each has."""
@@ -864,7 +852,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
         scaled = dict.fromkeys(("scale", "grad_scale", "grad_weights"), type_)
         moments = dict.fromkeys(("grad_mean", "grad_product", "mean"), type_)
         for widths in ([8, 8, 16], [64, 64, 64], []):
-            network = _network(machine, dtype, 3, widths)
+            network = _network(machine, 3, widths)
             variants: tuple[tuple[str, Any, dict[str, str], dict[str, Any]], ...] = (
                 ("weights", _weights_kernel, {"scale": type_, "weights": type_}, {}),
                 ("net-gradient", _net_gradient_kernel, {**parts, **scaled}, {"MOMENTS": False}),
