@@ -15,6 +15,7 @@ are a tile [edges, width], padded with zeros to a power of two. Going back, the 
 layer are made again: to keep all of them would fill the registers.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import torch
@@ -139,6 +140,7 @@ def _aggregate_kernel(
     outputs,
     GROUPED: tl.constexpr,
     OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -166,7 +168,7 @@ def _aggregate_kernel(
             other=0.0,
         )
         f, w = f.to(OPERAND), w.to(OPERAND)
-        total = tl.dot(f, w, total, input_precision="ieee", out_dtype=SUM)
+        total = tl.dot(f, w, total, input_precision=PRECISION, out_dtype=SUM)
     at = out + (centre * channels + channel[:, None]) * outputs + output[None, :]
     live = (channel < channels)[:, None] & (output < outputs)[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=live)
@@ -406,59 +408,57 @@ def _moments_kernel(
         tl.store(sums + part * OUTPUTS + lane, total, mask=within)
 
 
-class Tile(NamedTuple):
-    """What a program holds of a centre."""
-
-    neighbours: int
-    channels: int
+class Launch(NamedTuple):
+    constants: dict[str, Any]
+    options: dict[str, Any]
 
 
 def _padded(width: int) -> int:
     return max(SMALLEST, triton.next_power_of_2(width))
 
 
-def _tile(machine: int, operand: torch.dtype, neighbours: int, channels: int) -> Tile:
-    half = operand.itemsize == 2
+def _warps(widest: int) -> int:
+    return 8 if widest > 32 else 4
+
+
+def _products(
+    machine: int,
+    features: torch.dtype,
+    operand: torch.dtype,
+    grouped: bool,
+    sides: tuple[int, int, int],
+) -> Launch:
+    """Of the kernels that multiply, as `operand`, features by what their edges have: neighbours,
+    channels and outputs."""
+    single = torch.float64 if operand == torch.float64 else torch.float32
     if machine == INTERPRETER:
-        largest = Tile(64, 128)
+        largest = (64, 128)
     else:
-        largest = Tile(32, 128) if half else Tile(16, 64)
-    return Tile(
-        *(
-            min(most, _padded(side))
-            for most, side in zip(largest, (neighbours, channels), strict=True)
-        )
-    )
-
-
-def _operand(machine: int, dtype: torch.dtype) -> Any:
+        largest = (32, 128) if operand.itemsize == 2 else (16, 64)
     # The interpreter multiplies the bits of bfloat16.
-    widens = machine == INTERPRETER and dtype == torch.bfloat16
-    return tl.float32 if widens else TRITON_TYPES[dtype]
+    widens = machine == INTERPRETER and operand == torch.bfloat16
+    constants = {
+        "GROUPED": grouped,
+        "OPERAND": tl.float32 if widens else TRITON_TYPES[operand],
+        # Gradients of float16 are float32: tf32 has the digits of the one, the range of the other.
+        "PRECISION": "ieee" if operand == features else "tf32",
+        "SUM": TRITON_TYPES[single],
+        "BLOCK_K": min(largest[0], _padded(sides[0])),
+        "BLOCK_C": min(largest[1], _padded(sides[1])),
+        "BLOCK_M": _padded(sides[2]),
+    }
+    return Launch(constants, {"num_warps": _warps(constants["BLOCK_M"]), **FUSED})
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of products of features with gradients, which are float32 where features are float16: tf32
-    has the digits of the one and the range of the other."""
-    return "tf32" if dtype == torch.float16 else "ieee"
-
-
-class Network(NamedTuple):
-    """How kernels that run the network are launched."""
-
-    constants: dict[str, Any]
-    options: dict[str, Any]
-
-
-def _network(machine: int, dims: int, widths: list[int]) -> Network:
+def _network(machine: int, dims: int, widths: list[int]) -> Launch:
     """Widths from the coordinates up, as padded, and where each layer's parameters begin."""
     all_widths = (dims, *widths)
     padded = tuple(_padded(width) for width in all_widths)
     offsets = [0]
     for below, width in zip(all_widths[:-1], widths, strict=True):
         offsets.append(offsets[-1] + (below + 1) * width)
-    wide = max(padded[1:] or padded) > 32
-    edges = 512 if machine == INTERPRETER else 16 if wide else 32
+    widest = max(padded[1:] or padded)
+    edges = 512 if machine == INTERPRETER else 32 if widest <= 32 else 16
     constants = {
         "WIDTHS": all_widths,
         "PADDED": padded,
@@ -466,7 +466,7 @@ def _network(machine: int, dims: int, widths: list[int]) -> Network:
         "LAYERS": len(widths),
         "BLOCK_E": edges,
     }
-    return Network(constants, {"num_warps": 8 if wide else 4, **FUSED})
+    return Launch(constants, {"num_warps": _warps(widest), **FUSED})
 
 
 class _Edges:
@@ -525,11 +525,12 @@ class _Edges:
     def aggregate(self, chunk: slice, features, grouped: bool, weights, out) -> None:
         """Into ``out [centres, channels, outputs]``."""
         count, channels = len(weights), features.shape[-1]
-        tile = _tile(self.machine, features.dtype, self.k, channels)
         if out.numel() == 0:
             return
+        sides = (self.k, channels, self.outputs)
+        launch = _products(self.machine, features.dtype, features.dtype, grouped, sides)
         with on_device_of(out):
-            _aggregate_kernel[(count, triton.cdiv(channels, tile.channels))](
+            _aggregate_kernel[(count, triton.cdiv(channels, launch.constants["BLOCK_C"]))](
                 features[chunk] if grouped else features,
                 self.rows[chunk],
                 weights,
@@ -537,13 +538,8 @@ class _Edges:
                 self.k,
                 channels,
                 self.outputs,
-                GROUPED=grouped,
-                OPERAND=_operand(self.machine, features.dtype),
-                SUM=TRITON_TYPES[compute_dtype(features)],
-                BLOCK_K=tile.neighbours,
-                BLOCK_C=tile.channels,
-                BLOCK_M=self.network.constants["PADDED"][-1],
-                **FUSED,
+                **launch.constants,
+                **launch.options,
             )
 
     def edge_gradient(
@@ -551,14 +547,14 @@ class _Edges:
     ) -> torch.Tensor:
         """Gradients of the weights of a chunk's edges; into ``grad_features`` those of theirs."""
         channels = features.shape[-1]
-        dtype = compute_dtype(features)
-        grad_weights = torch.empty_like(weights, dtype=dtype)
+        grad_weights = torch.empty_like(weights, dtype=compute_dtype(features))
         if grad_weights.numel() == 0:
             return grad_weights
+        sides = (self.k, channels, self.outputs)
         operand = gradient_dtype(features.dtype)
-        tile = _tile(self.machine, operand, self.k, channels)
+        launch = _products(self.machine, features.dtype, operand, grouped, sides)
         with on_device_of(grad):
-            _edge_gradient_kernel[(len(weights), triton.cdiv(self.k, tile.neighbours))](
+            _edge_gradient_kernel[(len(weights), triton.cdiv(self.k, launch.constants["BLOCK_K"]))](
                 grad,
                 features[chunk] if grouped else features,
                 self.rows[chunk],
@@ -568,14 +564,8 @@ class _Edges:
                 self.k,
                 channels,
                 self.outputs,
-                GROUPED=grouped,
-                OPERAND=_operand(self.machine, operand),
-                PRECISION=_precision(features.dtype),
-                SUM=TRITON_TYPES[dtype],
-                BLOCK_K=tile.neighbours,
-                BLOCK_C=tile.channels,
-                BLOCK_M=self.network.constants["PADDED"][-1],
-                **FUSED,
+                **launch.constants,
+                **launch.options,
             )
         return grad_weights
 
@@ -875,50 +865,31 @@ def compile_cases(generation: int) -> list[CompileCase]:
                 )
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         type_, held = short_name(dtype), gradient_dtype(dtype)
-        sides = dict.fromkeys(("neighbours", "channels", "outputs"), "i32")
-        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        for outputs in (16, 64):
-            for grouped in (False, True):
-                name = f"{outputs}{'-grouped' if grouped else ''}-{type_}"
-                tile = _tile(machine, dtype, 32, 128)
-                constants = {
-                    "GROUPED": grouped,
-                    "OPERAND": TRITON_TYPES[dtype],
-                    "SUM": TRITON_TYPES[sum_dtype],
-                    "BLOCK_K": tile.neighbours,
-                    "BLOCK_C": tile.channels,
-                    "BLOCK_M": outputs,
-                }
-                reads = dict.fromkeys(("features", "weights"), f"*{type_}")
-                multiples = ("channels", "outputs")
+        computed = short_name(torch.float64 if dtype == torch.float64 else torch.float32)
+        reads = {
+            **dict.fromkeys(("features", "weights"), f"*{type_}"),
+            "rows": "*i64",
+            **dict.fromkeys(("neighbours", "channels", "outputs"), "i32"),
+        }
+        for outputs, grouped in itertools.product((16, 64), (False, True)):
+            by_edge = f"*{type_ if grouped else short_name(held)}"
+            gradients = {
+                "grad": f"*{short_name(held)}",
+                "grad_weights": f"*{computed}",
+                "grad_features": by_edge,
+            }
+            for kind, kernel, operand, types in (
+                ("aggregate", _aggregate_kernel, dtype, {"out": f"*{type_}"}),
+                ("edge-gradient", _edge_gradient_kernel, held, gradients),
+            ):
+                launch = _products(machine, dtype, operand, grouped, (32, 128, outputs))
                 add(
-                    f"aggregate-{name}",
-                    _aggregate_kernel,
-                    {**reads, **sides, "rows": "*i64", "out": f"*{type_}"},
-                    constants,
-                    multiples=multiples,
-                    vector_loads=True,
-                    instructions=("mma",) if dtype.itemsize == 2 else (),
-                )
-                tile = _tile(machine, held, 32, 128)
-                constants = {
-                    **constants,
-                    "OPERAND": TRITON_TYPES[held],
-                    "PRECISION": _precision(dtype),
-                    "BLOCK_K": tile.neighbours,
-                    "BLOCK_C": tile.channels,
-                }
-                gradients = {
-                    "grad": f"*{short_name(held)}",
-                    "grad_weights": f"*{short_name(sum_dtype)}",
-                    "grad_features": f"*{type_ if grouped else short_name(held)}",
-                }
-                add(
-                    f"edge-gradient-{name}",
-                    _edge_gradient_kernel,
-                    {**reads, **sides, **gradients, "rows": "*i64"},
-                    constants,
-                    multiples=multiples,
+                    f"{kind}-{outputs}{'-grouped' if grouped else ''}-{type_}",
+                    kernel,
+                    {**reads, **types},
+                    launch.constants,
+                    launch.options,
+                    multiples=("channels", "outputs"),
                     vector_loads=True,
                     instructions=("mma",) if dtype.itemsize == 2 else (),
                 )
