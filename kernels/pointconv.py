@@ -594,7 +594,7 @@ class _Edges:
         edges = rows.numel()
         coordinates = None
         if wants_coordinates:
-            coordinates = torch.empty(edges, self.dims, dtype=self.xyz.dtype, device=rows.device)
+            coordinates = self.xyz.new_empty(*rows.shape, self.dims)
         if edges == 0:
             return coordinates
         parts, each = self.parts(edges, len(partial))
@@ -748,8 +748,8 @@ def pointconv_backward(
         if not grouped:
             add_by_row(grad_features[points], by_edge, inverse)
         if coordinates is not None:
-            add_by_row(grad_xyz[points], coordinates, inverse)
-            grad_centres[chunk] = -coordinates.view(-1, k, edges.dims).sum(1)
+            add_by_row(grad_xyz[points], coordinates.flatten(0, 1), inverse)
+            grad_centres[chunk] = -coordinates.sum(1)
     return (
         grad_xyz.view(xyz.shape if wants_coordinates else 0),
         grad_features.view(shape).to(dtype),
@@ -808,8 +808,8 @@ def pointconv_moments_backward(
         coordinates = edges.net_gradient(chunk, partial, wants_coordinates, **moments)
         if coordinates is not None:
             points, inverse = edges.inverse(chunk)
-            add_by_row(grad_xyz[points], coordinates, inverse)
-            grad_centres[chunk] = -coordinates.view(-1, edges.k, edges.dims).sum(1)
+            add_by_row(grad_xyz[points], coordinates.flatten(0, 1), inverse)
+            grad_centres[chunk] = -coordinates.sum(1)
     return (
         grad_xyz.view(xyz.shape if wants_coordinates else 0),
         grad_centres.view(centres.shape if wants_coordinates else 0),
