@@ -16,6 +16,7 @@ layer are made again: to keep all of them would fill the registers.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from .score_tiles import TRITON_TYPES, gradient_dtype, known, product, short_nam
 
 # What is held of a chunk of centres, and of the parts of the network's gradient.
 CHUNK_BYTES = {INTERPRETER: 256 << 10, 8: 64 << 20, 9: 64 << 20, 10: 64 << 20}
-PARTS_BYTES = {INTERPRETER: 1 << 20, 8: 16 << 20, 9: 16 << 20, 10: 16 << 20}
+PARTS_BYTES = {INTERPRETER: 1 << 20, 8: 32 << 20, 9: 32 << 20, 10: 32 << 20}
 PARTS = {INTERPRETER: 2, 8: 1024, 9: 2048, 10: 2048}
 MOMENT_PARTS = {INTERPRETER: 2, 8: 216, 9: 264, 10: 296}
 
@@ -473,10 +474,8 @@ class _Edges:
     """All edges, and the network whose inputs they are."""
 
     def __init__(self, xyz, centres, neighbours, net, widths) -> None:
-        (clouds, self.points, self.dims), (_, self.cloud_centres, self.k) = (
-            xyz.shape,
-            neighbours.shape,
-        )
+        clouds, self.points, self.dims = xyz.shape
+        self.cloud_centres, self.k = neighbours.shape[1:]
         self.machine = known(generation(xyz))
         self.centres = clouds * self.cloud_centres
         self.outputs = widths[-1] if widths else self.dims
@@ -492,13 +491,9 @@ class _Edges:
         each = triton.cdiv(triton.cdiv(edges, block), most) * block
         return triton.cdiv(edges, each), each
 
-    def at_a_time(self, size: int) -> int:
-        """Centres of a chunk that holds so many bytes of each."""
-        return max(1, CHUNK_BYTES[self.machine] // max(size, 1))
-
-    def chunks(self, size: int):
-        """Slices of the centres."""
-        step = self.at_a_time(size)
+    def chunks(self, size: int) -> Iterator[slice]:
+        """Slices of the centres, of each of which so many bytes are held."""
+        step = max(1, CHUNK_BYTES[self.machine] // max(size, 1))
         for first in range(0, self.centres, step):
             yield slice(first, min(first + step, self.centres))
 
@@ -688,9 +683,9 @@ def pointconv(
         edges.aggregate(chunk, features, grouped, weights, sums)
         if layer:
             sums = product(sums, linear.t())
-        if bias.numel():
-            sums = sums + bias.to(sums.dtype)
-        flat[chunk] = sums
+            flat[chunk] = sums + bias if bias.numel() else sums
+        elif bias.numel():
+            flat[chunk] += bias
     return out
 
 
