@@ -1,6 +1,7 @@
 """The answer that a row must give, and how near another answer comes to it."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,10 @@ from torch import Tensor
 from benchmarks.workloads import COMMITMENT, DECAY, EPS
 from fastzoo import ops, reference
 from fastzoo.reference.boxes import box_area, box_intersection
+from fastzoo.reference.clouds import rows_at
+from fastzoo.reference.density import density_with, kernel_density_rows
 from fastzoo.reference.margin_softmax import margin_softmax_target, per_row
+from fastzoo.reference.neighbours import distance_matrix, neighbour_search
 from fastzoo.reference.nms import box_iou_with, falling_order, round_down, soft_decay
 from fastzoo.testing import SPECS
 from fastzoo.testing.losses import deviation, leaves, loss_and_gradients
@@ -20,6 +24,9 @@ from fastzoo.testing.losses import deviation, leaves, loss_and_gradients
 _ROWS = 1024
 _CLASSES = 8192
 _MANY_BOXES = 50_000
+_MANY_POINTS = 20_000
+# exp(-u) of no more than this is nothing beside 1, however many there are of them.
+_NEGLIGIBLE = 50.0
 # A lowered score has a rounding for each box that lowered it, and a cancellation in 1 - overlap.
 _SCORE_TOLERANCE = 1e-3
 _INERTIA_TOLERANCE = 1e-3
@@ -291,6 +298,104 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     return torch.cat([definition(part, boxes2) for part in boxes1.split(_ROWS // 8)])
 
 
+def _cells(points: Tensor, pitch: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each cell of a grid, the rows in it and, ascending, those in it and in its neighbours:
+    among these are all that are nearer than ``pitch``."""
+    cells = ((points.double() - points.double().amin(0)) / pitch).long() + 1
+    extent = cells.amax(0) + 2
+    step = extent.flip(0).cumprod(0).flip(0).roll(-1)
+    step[-1] = 1
+    code, order = (cells * step).sum(1).sort()
+    # The cells before and after it along the last dimension lie beside it in the order.
+    shifts = itertools.product((-1, 0, 1), repeat=points.shape[1] - 1)
+    strips = torch.tensor([*shifts], dtype=torch.int64) @ step[:-1]
+    occupied, count = code.unique_consecutive(return_counts=True)
+    begin = torch.searchsorted(code, occupied[:, None] + strips - 1).tolist()
+    end = torch.searchsorted(code, occupied[:, None] + strips + 1, right=True).tolist()
+    for rows, firsts, lasts in zip(order.split(count.tolist()), begin, end, strict=True):
+        near = [order[first:last] for first, last in zip(firsts, lasts, strict=True)]
+        yield rows, torch.cat(near).sort().values
+
+
+def _whole(points: Tensor) -> Tensor:
+    """The range of one cloud."""
+    return torch.tensor([[0, len(points)]])
+
+
+def knn_points(
+    p1: Tensor, p2: Tensor, lengths1: None, lengths2: None, norm: int, k: int
+) -> tuple[Tensor, ...]:
+    """The definition's answer: of a large cloud, each cell's points are searched for near it, and
+    for a point whose k-th is not surely near, everywhere."""
+    if p1.shape[1] < _MANY_POINTS:
+        right: tuple[Tensor, ...] = SPECS["knn_points"].definition(p1, p2, None, None, norm, k)
+        return right
+    points = p1[0]
+    # So wide that a ball of this radius holds about three times k of them.
+    volume = float((points.amax(0) - points.amin(0)).prod()) * 3 * k / len(points)
+    pitch = (volume / (4 / 3 * math.pi)) ** (1 / points.shape[1])
+    dists = points.new_full((len(points), k), torch.inf)
+    indices = torch.zeros(len(points), k, dtype=torch.int64)
+
+    def search(rows: Tensor, near: Tensor) -> None:
+        queries, others = points[rows], points[near]
+        ranges = _whole(queries), _whole(others)
+        found = neighbour_search(queries, others, *ranges, len(near), k, math.inf, "nearest", norm)
+        dists[rows], indices[rows] = found[0], near[found[1]]
+
+    for rows, near in _cells(points, pitch):
+        if len(near) >= k:
+            search(rows, near)
+    unsure = (dists[:, -1].double() >= (0.999 * pitch) ** 2).nonzero()[:, 0]
+    for rows in unsure.split(_ROWS):
+        search(rows, torch.arange(len(points)))
+    return dists[None], indices[None]
+
+
+def sample_farthest_points(points: Tensor, _: None, k: int) -> tuple[Tensor, ...]:
+    """The definition's answer: of a large cloud, the points are in the order of x, and a new one is
+    compared with those alone that are no farther along x than the farthest point is near."""
+    if points.shape[1] < _MANY_POINTS:
+        right: tuple[Tensor, ...] = SPECS["sample_farthest_points"].definition(points, None, k)
+        return right
+    x, order = points[0, :, 0].sort()
+    rows = points[0, order]
+    least = torch.full_like(x, torch.inf)
+    latest = int((order == 0).nonzero())
+    chosen = []
+    for _step in range(k):
+        chosen.append(int(order[latest]))
+        reach = float(least.max()) ** 0.5 * 1.0001
+        ends = torch.stack([x[latest] - reach, x[latest] + reach])
+        begin, end = torch.searchsorted(x, ends).tolist()
+        distance = distance_matrix(rows[begin:end], rows[latest : latest + 1])[:, 0]
+        least[begin:end] = torch.minimum(least[begin:end], distance)
+        least[latest] = -1
+        farthest = (least == least.max()).nonzero()[:, 0]
+        latest = int(farthest[order[farthest].argmin()])
+    idx = torch.tensor([chosen])
+    return rows_at(points, idx[..., None])[:, :, 0], idx
+
+
+def kernel_density(points: Tensor, bandwidth: float) -> Tensor:
+    """The definition's answer in float64, of a large cloud without what is negligible."""
+    if points.shape[1] < _MANY_POINTS:
+        right: Tensor = SPECS["kernel_density"].definition(points, bandwidth)
+        return right
+
+    def sums(queries: Tensor, others: Tensor, scale: Tensor, weight: Tensor, *_: Any) -> Tensor:
+        found = torch.zeros_like(weight)
+        for rows, near in _cells(queries, bandwidth * math.sqrt(2 * _NEGLIGIBLE)):
+            own, near_own = queries[rows], others[near]
+            ranges = _whole(own), _whole(near_own)
+            found[rows] = kernel_density_rows(
+                own, near_own, scale[near], weight[near], *ranges, len(near), "gaussian"
+            )
+        return found
+
+    return density_with(sums, rows_at, points.double(), bandwidth).to(points.dtype)
+
+
 # Where the definition itself would take minutes, or many times the memory.
 _FAST: dict[str, Callable[..., Any]] = {
     "vq_nearest": vq_nearest,
@@ -300,6 +405,9 @@ _FAST: dict[str, Callable[..., Any]] = {
     "soft_nms": soft_nms,
     "multiclass_nms": multiclass_nms,
     "box_iou": box_iou,
+    "knn_points": knn_points,
+    "sample_farthest_points": sample_farthest_points,
+    "kernel_density": kernel_density,
 }
 _FAST_LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "margin_softmax_loss": margin_softmax_loss,
@@ -316,12 +424,17 @@ def expected(op: str, *args: Any, **kwargs: Any) -> Any:
     return find(*moved, **kwargs)
 
 
-def expected_loss(op: str, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-    """The loss that the definition has in float64, and its gradients, on the arguments' device."""
+def expected_loss(
+    op: str, *args: Any, seeds: tuple[Tensor | None, ...] = (None,), **kwargs: Any
+) -> tuple[Tensor, ...]:
+    """The loss that the definition has in float64, and its gradients, on the arguments' device.
+
+    ``seeds`` is what the backward starts from where the result is no scalar and no argument has it.
+    """
     if op in _FAST_LOSSES:
         return _FAST_LOSSES[op](*args, **kwargs)
     definition = functools.partial(SPECS[op].definition, *args, **kwargs)
-    return loss_and_gradients(definition, leaves(args))()
+    return loss_and_gradients(definition, leaves(args), seeds=seeds)()
 
 
 def compare(
@@ -335,9 +448,10 @@ def compare(
 
     Overlaps are right within the tolerance of their operator for ``args``, a fast lookup within
     that of its precision, and centroids where their inertia is within a thousandth of the right
-    one. The share of what is found (boxes, detections, peaks) is taken of sets, since peers may
-    order equal scores in another way and leave out the padding; one whose score is off is not
-    right.
+    one. A neighbour of a peer is right where it is as near as the right one, in a ball where it is
+    inside; its voxels may have other numbers. The share of what is found (boxes, detections,
+    peaks) is taken of sets, since peers may order equal scores in another way and leave out the
+    padding; one whose score is off is not right.
     """
     if op == "kmeans":
         found = _inertia(args[0].cpu(), torch.as_tensor(answer).cpu())
@@ -349,6 +463,10 @@ def compare(
     if op == "VectorQuantize":
         same = (answer.cpu() == right).all(-1).flatten()
         return bool(same.all()), same.double().mean().item()
+    if op in _CLOUDS:
+        if _equal(answer, right):
+            return True, 1.0
+        return False, _CLOUDS[op](answer, right, *args)
     if isinstance(right, Tensor) and right.is_floating_point():
         share = _share_within(op, answer.cpu(), right, *args)
         return share == 1, share
@@ -399,6 +517,68 @@ def _share_within(op: str, answer: Tensor, right: Tensor, boxes1: Tensor, boxes2
         allowed = tolerance(boxes, boxes2.cpu())
         within += int(((a.double() - r).abs() <= allowed).sum())
     return within / max(1, right.numel())
+
+
+def _squared(idx: Tensor, p1: Tensor, p2: Tensor) -> Tensor:
+    """Of each neighbour ``[B, N, K]``, in float64."""
+    return (p1.double()[:, :, None] - rows_at(p2.double(), idx)).square().sum(-1)
+
+
+def _as_near(answer: Any, right: Any, p1: Tensor, p2: Tensor, *_: Any) -> float:
+    """The share of neighbours that are as near as the right ones, of equally near ones any."""
+    idx = _indices(answer)
+    if idx.shape != right[1].shape or not _distinct(idx).all():
+        return 0.0
+    near = torch.isclose(_squared(idx, p1.cpu(), p2.cpu()), right[0].double(), rtol=1e-6)
+    return near.double().mean().item()
+
+
+def _inside(answer: Any, right: Any, p1: Tensor, p2: Tensor, *options: Any) -> float:
+    """The share of queries that have as many neighbours as they should, all inside the ball."""
+    idx = _indices(answer)
+    if idx.shape != right[1].shape:
+        return 0.0
+    limit = options[3] ** 2 * (1 + 1e-6)
+    inside = (idx < 0) | (_squared(idx, p1.cpu(), p2.cpu()) < limit)
+    as_many = (idx >= 0).sum(-1) == (right[1] >= 0).sum(-1)
+    return (inside.all(-1) & as_many & _distinct(idx)).double().mean().item()
+
+
+def _distinct(idx: Tensor) -> Tensor:
+    """Whether no neighbour of a query comes twice."""
+    ascending = idx.sort(-1).values
+    return ((ascending.diff() > 0) | (ascending[..., 1:] < 0)).all(-1)
+
+
+def _same_points(answer: Any, right: Any, *_: Any) -> float:
+    idx = _indices(answer)
+    if idx.shape != right[1].shape:
+        return 0.0
+    return (idx == right[1]).double().mean().item()
+
+
+def _same_cells(answer: Any, right: Any, *_: Any) -> float:
+    """The share of points in the right voxel, numbered again as voxels first appear."""
+    other = torch.unique(answer.cpu(), return_inverse=True)[1]
+    if other.shape != right.shape:
+        return 0.0
+    first = torch.full((int(other.max()) + 1,), len(other))
+    first.scatter_reduce_(0, other, torch.arange(len(other)), "amin")
+    return (first.argsort().argsort()[other] == right).double().mean().item()
+
+
+def _indices(answer: Any) -> Tensor:
+    """Of distances and indices, or of indices alone."""
+    found: Tensor = answer[1] if isinstance(answer, tuple) else answer
+    return found.cpu()
+
+
+_CLOUDS: dict[str, Callable[..., float]] = {
+    "knn_points": _as_near,
+    "ball_query": _inside,
+    "sample_farthest_points": _same_points,
+    "voxel_grid": _same_cells,
+}
 
 
 def _kept(answer: Any) -> dict[Any, float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastzoo.testing.timing import room
 
 _MANY_BOXES = 100_000
+_MANY_DISTANCES = 10**8
 
 
 class Unavailable(Exception):
@@ -81,6 +82,12 @@ def require_few(boxes: int) -> None:
     """For what compares every pair: a million boxes take the better part of an hour."""
     if boxes > _MANY_BOXES:
         raise Unavailable(f"it compares every pair of {boxes:,} boxes")
+
+
+def require_few_steps(points: Tensor, k: int) -> None:
+    """For what takes several calls of torch a step: a large cloud takes it half a minute."""
+    if points.device.type == "cpu" and points.shape[1] * k > _MANY_DISTANCES:
+        raise Unavailable(f"it goes over {points.shape[1]:,} points {k:,} times, call by call")
 
 
 def first_line(error: Exception) -> str:

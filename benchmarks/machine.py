@@ -21,6 +21,8 @@ _PACKAGES = (
     "pytorch-metric-learning",
     "scikit-learn",
     "vector-quantize-pytorch",
+    "torch_cluster",
+    "scipy",
     "numpy",
 )
 

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from examples import face_margin, nms_methods, vqvae_digits
+from examples import face_margin, nms_methods, pointconv_integral, vqvae_digits
 from fastzoo import ops
 
 
@@ -104,3 +104,40 @@ def test_a_trained_codebook_has_to_reach_its_figures() -> None:
     assert not vqvae_digits.passed(good, good, dataclasses.replace(fixed, error=0.01))
     few = torch.cat([torch.full((20,), 1 / 20), torch.zeros(44)])
     assert not vqvae_digits.passed(dataclasses.replace(good, usage=few), good, fixed)
+
+
+def test_pointconv_with_inverse_density_is_the_convolution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pointconv_integral, "SIDE", 6)
+    cloud, at = pointconv_integral.points(), pointconv_integral.centres()
+    right = pointconv_integral.exact(at)
+    assert torch.equal(right.float(), pointconv_integral.exact(at, 80, 80).float())
+    kernel = pointconv_integral.learn(steps=600)
+    density = ops.kernel_density(cloud, pointconv_integral.BANDWIDTH)
+    found = {
+        "with": pointconv_integral.convolve(at, cloud, density, kernel),
+        "without": pointconv_integral.convolve(at, cloud, None, kernel),
+    }
+    errors = [pointconv_integral.mean_relative_error(values, right) for values in found.values()]
+    assert pointconv_integral.passed(*errors)
+    assert errors[1] > 10 * errors[0]
+    output = tmp_path / "integral.png"
+    pointconv_integral.draw(cloud, right, found, output)
+    assert output.stat().st_size > 10_000
+
+
+def test_the_exact_convolution_of_a_constant_is_the_mass_of_its_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pointconv_integral, "signal", lambda at: torch.ones_like(at[..., 0]))
+    width = pointconv_integral.DEVIATION
+    mass = 2 * torch.pi * width**2 * (1 - torch.tensor(-4.5).double().exp())
+    found = pointconv_integral.exact(torch.zeros(1, 2))
+    assert found.item() == pytest.approx(mass.item(), rel=1e-12)
+
+
+def test_a_convolution_has_to_reach_its_figures() -> None:
+    assert pointconv_integral.passed(0.03, 0.1)
+    assert not pointconv_integral.passed(0.031, 0.2)
+    assert not pointconv_integral.passed(0.01, 0.09)

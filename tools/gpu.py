@@ -70,6 +70,13 @@ MEASURED = (
     "kmeans",
     "margin_softmax_loss",
     "clip_loss",
+    "knn_points",
+    "ball_query",
+    "sample_farthest_points",
+    "voxel_grid",
+    "kernel_density",
+    "pointconv",
+    "neighbour_reduce",
 )
 
 SHOW_INFO = """

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.implementation import Implementation, Loss, require_memory
+from benchmarks.implementation import Implementation, Loss, require_few_steps, require_memory
 from benchmarks.workloads import MEASURED, Workload
 from fastzoo.testing import OpSpec
 from fastzoo.testing.boxes import eager_box_iou
@@ -82,10 +82,12 @@ def formula(spec: OpSpec | Workload, *args: Any, **kwargs: Any) -> Callable[...,
     """The formula of an operator with its options, to be called with the positional arguments.
 
     Raises:
-        Unavailable: it would not fit into memory.
+        Unavailable: it would not fit into memory, or take too long.
     """
     needed = _BYTES.get(spec.name, spec.eager_bytes)
     require_memory(needed(*args), args[0].device.type)
+    if spec.name == "sample_farthest_points":
+        require_few_steps(args[0], args[2])
     if isinstance(spec, Workload):
         return functools.partial(spec.eager, **kwargs)
     if spec.name in _WITH_OPTIONS:

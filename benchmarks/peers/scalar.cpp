@@ -1,5 +1,5 @@
-// The textbook loops of the CPU kernels in torchvision and mmcv: one thread, one pair of boxes at a
-// time, for the baseline CPU.
+// The textbook loops of the CPU kernels in torchvision, mmcv and pytorch3d: one thread, one pair of
+// boxes or points at a time, for the baseline CPU.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -241,6 +241,36 @@ at::Tensor nms_rotated(const at::Tensor& boxes, const at::Tensor& scores, double
                                             : nms_rotated_of<float>(boxes, scores, iou_threshold);
 }
 
+// Of clouds [B, N, D]: k times, every point's distance to the latest one, and the farthest of all.
+at::Tensor farthest_points(const at::Tensor& points, int64_t k) {
+  const int64_t clouds = points.size(0), n = points.size(1), dim = points.size(2);
+  const at::Tensor dense = points.contiguous();
+  at::Tensor chosen = at::zeros({clouds, k}, points.options().dtype(at::kLong));
+  std::vector<float> least(n);
+  for (int64_t cloud = 0; cloud < clouds; ++cloud) {
+    const float* const p = dense.const_data_ptr<float>() + cloud * n * dim;
+    int64_t* const row = chosen.mutable_data_ptr<int64_t>() + cloud * k;
+    std::fill(least.begin(), least.end(), INFINITY);
+    for (int64_t place = 1; place < k; ++place) {
+      const float* const latest = p + row[place - 1] * dim;
+      float farthest = -1;
+      for (int64_t i = 0; i < n; ++i) {
+        float distance = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          const float difference = p[i * dim + d] - latest[d];
+          distance += difference * difference;
+        }
+        least[i] = std::min(least[i], distance);
+        if (least[i] > farthest) {
+          farthest = least[i];
+          row[place] = i;
+        }
+      }
+    }
+  }
+  return chosen;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(fastzoo_peers, m) {
@@ -250,4 +280,5 @@ TORCH_LIBRARY(fastzoo_peers, m) {
       " float score_threshold) -> (Tensor, Tensor)",
       &soft_nms);
   m.def("nms_rotated(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor", &nms_rotated);
+  m.def("farthest_points(Tensor points, int k) -> Tensor", &farthest_points);
 }

@@ -1,5 +1,5 @@
-"""The textbook loops of torchvision's and mmcv's CPU kernels, one pair of boxes at a time, compiled
-here for the baseline CPU."""
+"""The textbook loops of torchvision's, mmcv's and pytorch3d's CPU kernels, one pair of boxes or
+points at a time, compiled here for the baseline CPU."""
 
 import functools
 import os
@@ -25,7 +25,7 @@ _BUILD = Path(__file__).parents[2] / "build" / "benchmarks"
 
 @functools.cache
 def compiled() -> Any:
-    """``nms``, ``soft_nms`` and ``nms_rotated``, as torch operators."""
+    """``nms``, ``soft_nms``, ``nms_rotated`` and ``farthest_points``, as torch operators."""
     library = _BUILD / f"{_SOURCE.stem}-torch{torch.__version__}.so"
     if not library.exists() or library.stat().st_mtime < _SOURCE.stat().st_mtime:
         try:
@@ -80,6 +80,17 @@ def _nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Callabl
     return functools.partial(compiled().nms_rotated.default, boxes, scores, iou_threshold)
 
 
+def _sample_farthest_points(points: Tensor, _: None, k: int) -> Callable[[], Tensor]:
+    require_cpu(points)
+    return functools.partial(compiled().farthest_points.default, points, k)
+
+
 PEER = Implementation(
-    "scalar loop", {"nms": _nms, "soft_nms": _soft_nms, "nms_rotated": _nms_rotated}
+    "scalar loop",
+    {
+        "nms": _nms,
+        "soft_nms": _soft_nms,
+        "nms_rotated": _nms_rotated,
+        "sample_farthest_points": _sample_farthest_points,
+    },
 )

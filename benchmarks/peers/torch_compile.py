@@ -27,9 +27,15 @@ def _prepare(spec: OpSpec | Workload, *args: Any, **kwargs: Any) -> Any:
     return compiled
 
 
-def _refuse(*_: Any, **__: Any) -> Any:
-    raise Unavailable("the formula branches on its data: a graph break for every box")
+def _refuse(reason: str, *_: Any, **__: Any) -> Any:
+    raise Unavailable(reason)
 
 
+_REASONS = {
+    **dict.fromkeys(_BRANCHING, "the formula branches on its data: a graph break for every box"),
+    "sample_farthest_points": "it would unroll the loop over the points",
+    "voxel_grid": "the formula is one sort of torch.unique, at which the graph breaks",
+}
 _PREPARED = {op: functools.partial(_prepare, spec) for op, spec in MEASURED.items()}
-PEER = Implementation("torch.compile", {**_PREPARED, **dict.fromkeys(_BRANCHING, _refuse)})
+_REFUSED = {op: functools.partial(_refuse, reason) for op, reason in _REASONS.items()}
+PEER = Implementation("torch.compile", {**_PREPARED, **_REFUSED})
