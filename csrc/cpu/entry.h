@@ -1,6 +1,7 @@
 // What the entries of the CPU operators share.
 #pragma once
 
+#include <cstring>
 #include <initializer_list>
 
 #include "../torch_abi.h"
@@ -53,6 +54,19 @@ inline const void* data_or_null(const Tensor& tensor) {
 inline Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> sizes,
                        ScalarType dtype) {
   return needed ? empty(like, sizes, dtype) : empty(like, {0}, dtype);
+}
+
+// For what is added to, or set in part.
+inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  const Tensor tensor = empty(like, sizes, dtype);
+  std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * element_size(dtype));
+  return tensor;
+}
+
+inline Tensor zeros_like(const Tensor& other) {
+  const Tensor tensor = torch::stable::empty_like(other);
+  std::memset(tensor.mutable_data_ptr(), 0, tensor.numel() * element_size(tensor.scalar_type()));
+  return tensor;
 }
 
 }  // namespace fastzoo

@@ -223,11 +223,6 @@ __global__ void __launch_bounds__(kTileThreads, several ? 1 : Scheme::kBlocksEac
   }
 }
 
-template <class C>
-const C* optional_data(const Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr : static_cast<const C*>(tensor.const_data_ptr());
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_softmax_negatives(
     const Tensor& embeddings, const Tensor& weight, const Tensor& labels, const Tensor& scale,
     const Tensor& threshold, const Tensor& hardness, const Tensor& class_weight,
@@ -280,12 +275,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> margin_softma
         const Tensor totals = empty_log_sums<C>(x, with_total ? grid.y : 0, rows);
         const Negatives<C> scores{
             label_data,
-            optional_data<C>(s),
-            optional_data<C>(row_factors),
-            optional_data<C>(column_factors),
-            optional_data<C>(t),
-            optional_data<C>(hardness),
-            optional_data<C>(k),
+            optional_data<const C>(s),
+            optional_data<const C>(row_factors),
+            optional_data<const C>(column_factors),
+            optional_data<const C>(t),
+            optional_data<const C>(hardness),
+            optional_data<const C>(k),
             interclass_filter > 0 ? static_cast<C>(interclass_filter) : kInfinity<C>,
             sub_centers};
         const auto sums_data = [&](const Tensor& parts) {

@@ -81,15 +81,6 @@ __global__ void __launch_bounds__(kThreads)
   if (suppressors != nullptr) suppressors[i] = places[suppressors[i]] - 1;
 }
 
-Tensor running_sum(const Tensor& flags) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(flags), from(int64_t{0}),
-                                    from(std::optional<ScalarType>())};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // What suppress() works on.
 struct Job {
   const Stream& stream;

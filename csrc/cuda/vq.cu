@@ -23,6 +23,7 @@ namespace fastzoo::cuda {
 namespace {
 
 using math::Metric;
+using math::round_up;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
@@ -36,10 +37,6 @@ template <class C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 template <class C>
 constexpr double kSmallest = std::numeric_limits<C>::min();
-
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // What put() says of a coordinate, for the proof: what products do not see of it, and its low part.
 struct Kept {
@@ -718,11 +715,6 @@ void dispatch_pass(ScalarType dtype, const std::string& precision, const Body& b
   });
 }
 
-template <class T>
-T* optional_data(const Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr : static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 // Those of x, with another last one; without it where that is 0.
 std::vector<int64_t> sizes_like(const Tensor& x, int64_t last) {
   std::vector<int64_t> sizes;
@@ -748,7 +740,7 @@ std::tuple<Tensor, Tensor> vq_nearest(const Tensor& x, const Tensor& codebook, c
     using Pass = decltype(pass);
     using C = typename Pass::Value;
     look_up<T, Pass>(x, codebook, metric, std::max(k, int64_t{1}),
-                     Results<T, C>{optional_data<bool>(kept), optional_data<int64_t>(indices),
+                     Results<T, C>{optional_data<const bool>(kept), optional_data<int64_t>(indices),
                                    optional_data<C>(d), nullptr, 1});
   });
   return {d, indices};
@@ -772,7 +764,7 @@ std::tuple<Tensor, Tensor, Tensor> vq_quantize(const Tensor& x, const Tensor& co
     using Pass = decltype(pass);
     using C = typename Pass::Value;
     look_up<T, Pass>(x, codebook, metric, 1,
-                     Results<T, C>{optional_data<bool>(kept), optional_data<int64_t>(indices),
+                     Results<T, C>{optional_data<const bool>(kept), optional_data<int64_t>(indices),
                                    optional_data<C>(losses), optional_data<T>(quantized),
                                    codebook_weight + beta});
   });

@@ -5,6 +5,8 @@
 
 #include <math.h>
 
+#include <cstdint>
+
 #if defined(__CUDACC__)
 #define FASTZOO_HD static __host__ __device__ __forceinline__
 #else
@@ -23,6 +25,8 @@ FASTZOO_HD double maximum(double a, double b) { return a < b ? b : a; }
 FASTZOO_HD float minimum(float a, float b) { return b < a ? b : a; }
 FASTZOO_HD double minimum(double a, double b) { return b < a ? b : a; }
 
+FASTZOO_HD float absolute(float a) { return __builtin_fabsf(a); }
+FASTZOO_HD double absolute(double a) { return __builtin_fabs(a); }
 FASTZOO_HD bool greater(float a, float b) { return a > b; }
 FASTZOO_HD bool greater(double a, double b) { return a > b; }
 FASTZOO_HD float select(bool condition, float a, float b) { return condition ? a : b; }
@@ -34,6 +38,8 @@ FASTZOO_HD float select_greater(float a, float b, float chosen, float other) {
 FASTZOO_HD double select_greater(double a, double b, double chosen, double other) {
   return a > b ? chosen : other;
 }
+FASTZOO_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
+FASTZOO_HD double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
 FASTZOO_HD float exponential(float a) { return ::expf(a); }
 FASTZOO_HD double exponential(double a) { return ::exp(a); }
 FASTZOO_HD float log_one_plus(float a) { return ::log1pf(a); }
@@ -43,6 +49,10 @@ FASTZOO_HD double arctangent(double a) { return ::atan(a); }
 
 FASTZOO_HD bool is_nan(float a) { return a != a; }
 FASTZOO_HD bool is_nan(double a) { return a != a; }
+
+FASTZOO_HD constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // The bits of a value, for ordering and for stepping to its neighbour.
 template <class To, class From>

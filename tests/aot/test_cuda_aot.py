@@ -90,24 +90,28 @@ def test_decisions_are_not_contracted(build: tuple[Path, str]) -> None:
 def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:
     sass = functions(dump(build[0], "--dump-sass"), r"Function : (\w+)")
     keep = [body for name, body in sass if "nms_keep" in name]
-    tiles = [body for name, body in sass if re.search("(softmax|contrastive|vq)_scan", name)]
+    scans = "(softmax|contrastive|vq)_scan|density_scan_wide|pointconv_plain_linear"
+    tiles = [body for name, body in sass if re.search(scans, name)]
+    gathers = [body for name, body in sass if re.search("pointconv_(fused|sums)", name)]
+    shared = [body for name, body in sass if re.search("density_scanI|pointconv_fused", name)]
     rows = [body for name, body in sass if re.search("margin_softmax_factors|_positives", name)]
     assert len(keep) >= 4
-    assert len(tiles) == len(ARCHITECTURES) * (12 + 12 + 6)
+    assert len(tiles) == len(ARCHITECTURES) * (12 + 12 + 6 + 6 + 2)
+    assert len(gathers) == len(ARCHITECTURES) * (4 + 2)
+    assert len(shared) == len(ARCHITECTURES) * (6 + 4)
     assert len(rows) == len(ARCHITECTURES) * (4 + 4)
     for body in keep:
         assert "LDS.128" in body
-    for body in tiles:
+    for body in tiles + shared:
         assert "LDS.128" in body or "LDSM.16.M88.4" in body
-    for body in keep + tiles + rows:
+    for body in keep + tiles + rows + gathers:
         assert re.search(r"LDG\.E(\.\w+)*\.128", body)
 
 
 def test_products_take_the_units_of_their_precision(build: tuple[Path, str]) -> None:
     sass = functions(dump(build[0], "--dump-sass"), r"Function : (\w+)")
-    scans = [
-        (name, body) for name, body in sass if re.search("(softmax|contrastive|vq)_scan", name)
-    ]
+    products = "(softmax|contrastive|vq)_scan|pointconv_(fused|sums|plain_linear)"
+    scans = [(name, body) for name, body in sass if re.search(products, name)]
     units = {
         r"MmaScheme\w*MmaTypeE0": "HMMA.16816.F32 ",
         r"MmaScheme\w*MmaTypeE1": "HMMA.16816.F32.BF16",
@@ -115,6 +119,10 @@ def test_products_take_the_units_of_their_precision(build: tuple[Path, str]) -> 
         "FusedSchemeIdE": "DFMA",
         "vq_scan.*(Split|Fast)Pass": "HMMA.16816.F32.BF16",
         "vq_scan.*DoublePass": "DFMA",
+        r"pointconv_(fused|sums)\w*Half": "HMMA.16816.F32 ",
+        r"pointconv_(fused|sums)\w*BFloat16": "HMMA.16816.F32.BF16",
+        "pointconv_plain_linearIf": "FFMA",
+        "pointconv_plain_linearId": "DFMA",
     }
     seen = dict.fromkeys(units, 0)
     for name, body in scans:

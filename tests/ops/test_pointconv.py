@@ -10,7 +10,15 @@ from fastzoo import ops
 from fastzoo.ops._operator import OPERATORS
 from fastzoo.testing.gradients import assert_gradient_close
 from fastzoo.testing.neighbours import random_points
-from fastzoo.testing.pointconv import WIDTHS, layers_of, random_edges, random_net
+from fastzoo.testing.pointconv import (
+    WIDTHS,
+    layers_of,
+    pointconv_definition,
+    pointconv_function,
+    pointconv_tolerance,
+    random_edges,
+    random_net,
+)
 from fastzoo.testing.timing import peak_memory
 from tests.conftest import DEVICE
 
@@ -54,6 +62,19 @@ def test_the_full_form_is_a_weight_of_every_edge(backend: str, hidden: tuple[int
     layers = [(w.to(DEVICE), b.to(DEVICE)) for w, b in net]
     found = ops.pointconv(*moved, layers, scale.to(DEVICE), form="full", backend=backend)
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_centres(backend: str, dtype: torch.dtype) -> None:
+    """Of several tiles, and of more than one chunk where these are small."""
+    widths = (5, 13)
+    edges = random_edges(2, 30, 105, 5, 37, 21, widths, seed=11)
+    args = [a.to(dtype) if a.is_floating_point() else a for a in edges]
+    moved = [a.to(DEVICE) for a in args]
+    found = pointconv_function(*moved, widths=widths, backend=backend).cpu()
+    expected = pointconv_definition(*args, widths=widths)
+    assert ((found - expected).abs() <= pointconv_tolerance(*args, widths=widths)).all()
 
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)

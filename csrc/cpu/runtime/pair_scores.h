@@ -14,10 +14,6 @@
 
 namespace fastzoo::cpu::FASTZOO_CPU_ISA {
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 // Rows of a chunk at most, and bytes of its scores with a group of lanes: they and the chunk stay
 // in a small L2.
 constexpr int64_t kChunkRows = 192;

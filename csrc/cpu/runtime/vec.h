@@ -27,6 +27,10 @@ constexpr int kVectorBytes = 16;
 constexpr int kVectorRegisters = 16;
 #endif
 
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
 // What a comparison yields: bit i stands for lane i.
 template <int kLanes>
 struct Mask {
@@ -223,28 +227,50 @@ FASTZOO_INLINE T lane_maximum(Vec<T> a) {
   return highest;
 }
 
+// Of two vectors, pieces of `step` elements change places: the odd ones of a and the even ones of
+// b.
+template <class T>
+FASTZOO_INLINE void exchange(Vec<T>& a, Vec<T>& b, int step) {
+  constexpr int kSize = Vec<T>::size;
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+  Indices first, second;  // elements of both, those of b from kSize on
+#pragma GCC unroll 16
+  for (int i = 0; i < kSize; ++i) {
+    first[i] = (i & step) == 0 ? i : kSize + i - step;
+    second[i] = (i & step) == 0 ? i + step : kSize + i;
+  }
+  const typename Vec<T>::Native a_before = a.v, b_before = b.v;
+  a.v = __builtin_shuffle(a_before, b_before, first);
+  b.v = __builtin_shuffle(a_before, b_before, second);
+}
+
 // Element j of row i becomes element i of row j.
 template <class T>
 FASTZOO_INLINE void transpose(Vec<T> (&rows)[Vec<T>::size]) {
   constexpr int kSize = Vec<T>::size;
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
 #pragma GCC unroll 4
   for (int step = 1; step < kSize; step *= 2) {
-    Indices first, second;  // elements of a pair of rows, the second's from kSize on
 #pragma GCC unroll 16
     for (int i = 0; i < kSize; ++i) {
-      first[i] = (i & step) == 0 ? i : kSize + i - step;
-      second[i] = (i & step) == 0 ? i + step : kSize + i;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kSize; ++i) {
-      if ((i & step) != 0) continue;
-      const Vec<T> a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a.v, b.v, first);
-      rows[i + step] = __builtin_shuffle(a.v, b.v, second);
+      if ((i & step) == 0) exchange(rows[i], rows[i + step], step);
     }
   }
+}
+
+// Element i is the sum over the lanes of row i. The rows are used up.
+template <class T>
+FASTZOO_INLINE Vec<T> lane_sums(Vec<T> (&rows)[Vec<T>::size]) {
+  constexpr int kSize = Vec<T>::size;
+#pragma GCC unroll 4
+  for (int step = 1; step < kSize; step *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kSize; i += 2 * step) {
+      exchange(rows[i], rows[i + step], step);
+      rows[i] = rows[i] + rows[i + step];
+    }
+  }
+  return rows[0];
 }
 
 }  // namespace fastzoo::cpu::FASTZOO_CPU_ISA

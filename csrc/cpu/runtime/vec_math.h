@@ -2,6 +2,8 @@
 // twins are in csrc/math/host_device.h.
 #pragma once
 
+#include <limits>
+
 #include "../../math/exact.h"
 #include "vec.h"
 
@@ -54,6 +56,17 @@ FASTZOO_INLINE Vec<T> select(Mask<Vec<T>::size> mask, Vec<T> a, Vec<T> b) {
 template <class T>
 FASTZOO_INLINE Vec<T> select_greater(Vec<T> a, Vec<T> b, Vec<T> chosen, Vec<T> other) {
   return a.v > b.v ? chosen.v : other.v;
+}
+
+template <class T>
+FASTZOO_INLINE Vec<T> absolute(Vec<T> a) {
+  using Bits = typename BitsOf<T>::type;
+  constexpr auto kSign = std::numeric_limits<typename BitsOf<T>::Scalar>::min();
+  Bits bits;
+  __builtin_memcpy(&bits, &a.v, sizeof(Bits));
+  bits &= ~kSign;
+  __builtin_memcpy(&a.v, &bits, sizeof(Bits));
+  return a;
 }
 
 FASTZOO_INLINE float square_root(float a) { return __builtin_sqrtf(a); }

@@ -33,6 +33,7 @@ FASTZOO_DEVICE uint32_t ballot(bool vote, uint32_t mask = kWholeWarp) {
 }
 FASTZOO_DEVICE bool any(bool vote, uint32_t mask = kWholeWarp) { return __any_sync(mask, vote); }
 FASTZOO_DEVICE bool all(bool vote, uint32_t mask = kWholeWarp) { return __all_sync(mask, vote); }
+FASTZOO_DEVICE uint32_t warp_min(uint32_t value) { return __reduce_min_sync(kWholeWarp, value); }
 
 // CUDA names its atomics' 64-bit type unsigned long long; uint64_t may be unsigned long.
 template <class T>
@@ -52,6 +53,10 @@ FASTZOO_DEVICE T atomic_exchange(T* address, T value) {
   return atomicExch(reinterpret_cast<AtomicType<T>*>(address), value);
 }
 template <class T>
+FASTZOO_DEVICE T atomic_compare_exchange(T* address, T expected, T value) {
+  return atomicCAS(reinterpret_cast<AtomicType<T>*>(address), expected, value);
+}
+template <class T>
 FASTZOO_DEVICE T load_volatile(const T* address) {
   return *static_cast<const volatile T*>(address);
 }
@@ -62,7 +67,7 @@ FASTZOO_DEVICE void wait_for_other_block() { __nanosleep(20); }
 
 // One machine word of a vector access.
 template <int bytes>
-using AccessWord = std::conditional_t<bytes == 8, int2, int4>;
+using AccessWord = std::conditional_t<bytes == 4, int, std::conditional_t<bytes == 8, int2, int4>>;
 
 template <int n, class T>
 FASTZOO_DEVICE Vector<T, n> load_vector(const T* address) {
@@ -95,6 +100,7 @@ FASTZOO_DEVICE float fast_exponential(float x) {
 }
 FASTZOO_DEVICE double fast_exponential(double x) { return ::exp(x); }
 FASTZOO_DEVICE int population_count(uint32_t bits) { return __popc(bits); }
+FASTZOO_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 template <MmaType type>
 FASTZOO_DEVICE void mma(float (&sums)[4], const Vector<uint32_t, 4>& a, uint32_t b0, uint32_t b1) {
@@ -134,5 +140,11 @@ struct SharedArray {
     return loaded;
   }
 };
+
+template <class Arrays>
+FASTZOO_DEVICE Arrays& large_shared() {
+  extern __shared__ int4 large_shared_words[];
+  return *reinterpret_cast<Arrays*>(large_shared_words);
+}
 
 }  // namespace fastzoo::cuda

@@ -141,6 +141,14 @@ inline bool all(bool vote, uint32_t mask = kWholeWarp, FASTZOO_SITE) {
   return ballot(vote, mask, site) == mask;
 }
 
+inline uint32_t warp_min(uint32_t value, FASTZOO_SITE) {
+  for (int flip = kWarpSize / 2; flip > 0; flip /= 2) {
+    const uint32_t other = shuffle_xor(value, flip, kWholeWarp, site);
+    if (other < value) value = other;
+  }
+  return value;
+}
+
 template <MmaType type>
 void mma(float (&sums)[4], const Vector<uint32_t, 4>& a, uint32_t b0, uint32_t b1, FASTZOO_SITE) {
   emulator::MmaPart part{type, sums, a.values, {b0, b1}};
@@ -161,6 +169,10 @@ T atomic_add(T* address, T value) {
 template <class T>
 T atomic_max(T* address, T value) {
   return atomic_exchange(address, *address < value ? value : *address);
+}
+template <class T>
+T atomic_compare_exchange(T* address, T expected, T value) {
+  return atomic_exchange(address, *address == expected ? value : *address);
 }
 template <class T>
 T load_volatile(const T* address) {
@@ -190,6 +202,7 @@ inline double fused_multiply_add(double a, double b, double c) { return std::fma
 inline float fast_exponential(float x) { return std::exp(x); }
 inline double fast_exponential(double x) { return std::exp(x); }
 inline int population_count(uint32_t bits) { return __builtin_popcount(bits); }
+inline int lowest_bit(uint32_t bits) { return __builtin_ctz(bits); }
 
 // Static, so that all threads of the block see one array; a block starts with it poisoned.
 template <class T, int n>
@@ -229,6 +242,12 @@ class SharedArray {
 
   alignas(16) T values_[n];
 };
+
+template <class Arrays>
+Arrays& large_shared() {
+  static Arrays arrays;
+  return arrays;
+}
 
 #undef FASTZOO_SITE
 

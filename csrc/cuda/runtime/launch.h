@@ -34,6 +34,17 @@ inline unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>(blocks);
 }
 
+// The data of a tensor; null where it is empty, as one that an operator does without is.
+template <class T>
+T* optional_data(const Tensor& tensor) {
+  if (tensor.numel() == 0) return nullptr;
+  if constexpr (std::is_const_v<T>) {
+    return static_cast<T*>(tensor.const_data_ptr());
+  } else {
+    return static_cast<T*>(tensor.mutable_data_ptr());
+  }
+}
+
 #if defined(FASTZOO_EMULATE)
 
 class Stream {
@@ -45,6 +56,15 @@ class Stream {
               std::common_type_t<Parameters>... arguments) const {
     emulator::launch(name, kernel, grid, block, arguments...);
   }
+
+  template <class Arrays, class... Parameters>
+  void launch_large(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                    std::common_type_t<Parameters>... arguments) const {
+    static_assert(sizeof(Arrays) <= kLargeShared, "large_shared has no room for these");
+    launch(name, kernel, grid, block, arguments...);
+  }
+
+  bool has_large_shared() const { return true; }
 
   int64_t read_back(const int64_t* value) const {
     count_sync();
@@ -66,11 +86,27 @@ class Stream {
   template <class... Parameters>
   void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
               std::common_type_t<Parameters>... arguments) const {
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.stream = stream_;
-    check(name, cudaLaunchKernelEx(&config, kernel, arguments...));
+    launch_with(0, name, kernel, grid, block, arguments...);
+  }
+
+  // A kernel that has large_shared<Arrays>().
+  template <class Arrays, class... Parameters>
+  void launch_large(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                    std::common_type_t<Parameters>... arguments) const {
+    static_assert(sizeof(Arrays) <= kLargeShared, "large_shared has no room for these");
+    check(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Arrays)));
+    launch_with(sizeof(Arrays), name, kernel, grid, block, arguments...);
+  }
+
+  // Whether a block may have kLargeShared bytes; otherwise it is kCommonShared.
+  bool has_large_shared() const {
+    int device = 0;
+    int bytes = 0;
+    check("has_large_shared", cudaGetDevice(&device));
+    check("has_large_shared",
+          cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes >= kLargeShared;
   }
 
   // Waits for the stream and gives the value that device memory then holds.
@@ -84,6 +120,17 @@ class Stream {
   }
 
  private:
+  template <class... Parameters>
+  void launch_with(size_t shared, const char* name, void (*kernel)(Parameters...), dim3 grid,
+                   dim3 block, std::common_type_t<Parameters>... arguments) const {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream_;
+    check(name, cudaLaunchKernelEx(&config, kernel, arguments...));
+  }
+
   static void check(const char* what, cudaError_t error) {
     STD_TORCH_CHECK(error == cudaSuccess, "fastzoo: ", what, ": ", cudaGetErrorString(error));
   }

@@ -3,11 +3,15 @@
 // Kernels use these names and never a raw intrinsic:
 //   __global__, __launch_bounds__, threadIdx, blockIdx, blockDim, gridDim
 //   __shared__ SharedArray<T, n> a;     a[i], a.load<m>(i), a.store(i, vector)
+//   large_shared<Arrays>(): a struct of such arrays, of up to kLargeShared bytes where a kernel may
+//     declare 48 KiB; Stream::launch_large<Arrays> makes the room
 //   sync_block(), sync_warp(mask)
 //   shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot, any, all     (value, ..., mask)
-//   atomic_add, atomic_max, atomic_exchange, load_volatile, thread_fence, wait_for_other_block
-//   load_vector<n>(p), store_vector(p, vector): whole 16-byte (or one 8-byte) accesses
-//   fused_multiply_add, population_count
+//   warp_min(x): the least of a whole warp's 32-bit numbers
+//   atomic_add, atomic_max, atomic_exchange, atomic_compare_exchange(address, expected, value)
+//   load_volatile, thread_fence, wait_for_other_block
+//   load_vector<n>(p), store_vector(p, vector): whole 16-byte (or one 4- or 8-byte) accesses
+//   fused_multiply_add, population_count, lowest_bit(bits): its place, of bits that are not 0
 //   fast_exponential(x): of a float relatively within 2^-22 + |x| 2^-23, and 0 below 2^-126
 //   kManyBlocks: as many as keep a large device busy
 //   a.load_matrices(i), mma<type>(sums, a, b): products of small matrices, by the whole warp
@@ -26,12 +30,17 @@ namespace fastzoo::cuda {
 constexpr int kWarpSize = 32;
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
-// n elements that one access moves: 8 bytes, or 16, or a few times 16.
+// What every GPU has that runs the code of one of our architectures, and what a large one has.
+constexpr int kCommonShared = 99 * 1024;
+constexpr int kLargeShared = 163 * 1024;
+
+// n elements that one access moves: 4 bytes, 8, 16, or a few times 16.
 template <class T, int n>
 struct Vector {
   static constexpr int kBytes = n * static_cast<int>(sizeof(T));
   static constexpr int kAlignment = kBytes < 16 ? kBytes : 16;
-  static_assert(kBytes == 8 || kBytes % 16 == 0, "a vector access moves 8 or whole 16 bytes");
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes % 16 == 0,
+                "a vector access moves 4, 8 or whole 16 bytes");
 
   alignas(kAlignment) T values[n];
 

@@ -1,4 +1,4 @@
-// Sorting by torch's own operator, and looking up in what is sorted.
+// Sorting and running sums by torch's own operators, and looking up in what is sorted.
 #pragma once
 
 #include <array>
@@ -22,6 +22,16 @@ inline SortedKeys sort_rows(const Tensor& keys) {
   TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
+}
+
+// How much each element and those before it add up to.
+inline Tensor running_sum(const Tensor& flags) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(flags), from(int64_t{0}),
+                                    from(std::optional<ScalarType>())};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::cumsum", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // The first of rising ids [from, to) that is not below `id`.

@@ -52,6 +52,13 @@ struct FusedScheme {
 
   template <class Left, class Right>
   FASTZOO_DEVICE static void multiply_add(Left& left, Right& right, Products& products) {
+    accumulate(left, right, products,
+               [](C a, C b, C sum) { return fused_multiply_add(a, b, sum); });
+  }
+
+  // Of each pair, sum = add(a, b, sum) for one dimension after the other.
+  template <class Left, class Right, class Add>
+  FASTZOO_DEVICE static void accumulate(Left& left, Right& right, Products& sums, const Add& add) {
 #pragma unroll 4
     for (int d = 0; d < kDepth; ++d) {
       const Vector<C, kRowsEach> a =
@@ -61,9 +68,7 @@ struct FusedScheme {
 #pragma unroll
       for (int i = 0; i < kRowsEach; ++i) {
 #pragma unroll
-        for (int j = 0; j < kColumnsEach; ++j) {
-          products(i, j) = fused_multiply_add(a[i], b[j], products(i, j));
-        }
+        for (int j = 0; j < kColumnsEach; ++j) sums(i, j) = add(a[i], b[j], sums(i, j));
       }
     }
   }
