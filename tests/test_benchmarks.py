@@ -650,6 +650,8 @@ SMALL = {
     "kernel_density": {"clouds": 2, "n": 40},
     "pointconv": {"clouds": 2, "n": 30, "s": 8, "k": 4, "channels": 6},
     "neighbour_reduce": {"clouds": 2, "n": 30, "k": 4, "channels": 6},
+    "EdgeConv": {"clouds": 2, "n": 30, "k": 4, "channels": 6},
+    "PointConv": {"clouds": 2, "n": 30, "s": 8, "k": 4, "channels": 6},
 }
 
 
