@@ -13,6 +13,16 @@ def test_pointconv(row: Row, benchmark: Any) -> None:
     run_in_pytest(row, benchmark)
 
 
+@pytest.mark.parametrize("row", select("PointConv", device=default_device()), ids=str)
+def test_pointconv_layer(row: Row, benchmark: Any) -> None:
+    run_in_pytest(row, benchmark)
+
+
+@pytest.mark.parametrize("row", select("EdgeConv", device=default_device()), ids=str)
+def test_edge_conv(row: Row, benchmark: Any) -> None:
+    run_in_pytest(row, benchmark)
+
+
 @pytest.mark.parametrize("row", select("neighbour_reduce", device=default_device()), ids=str)
 def test_neighbour_reduce(row: Row, benchmark: Any) -> None:
     run_in_pytest(row, benchmark)

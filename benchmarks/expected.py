@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.workloads import COMMITMENT, DECAY, EPS
+from benchmarks.workloads import COMMITMENT, DECAY, EPS, MEASURED
 from fastzoo import ops, reference
 from fastzoo.reference.boxes import box_area, box_intersection
 from fastzoo.reference.clouds import rows_at
@@ -184,6 +184,16 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor,
         share = torch.autograd.grad((p * z).sum(), wanted)
         total = tuple(a + b for a, b in zip(total, share, strict=True))
     return loss, *total
+
+
+def layer_over_points(op: str, features: Tensor, grad: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """A step of training in float64, as one writes it."""
+    args = tuple(
+        (_double_leaf(t) if t.requires_grad else t.double()) if t.is_floating_point() else t
+        for t in (features, grad, *rest)
+    )
+    call = functools.partial(MEASURED[op].eager, *args)
+    return loss_and_gradients(call, leaves(args), seeds=(args[1],))()
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -414,6 +424,8 @@ _FAST_LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "clip_loss": clip_loss,
     "vq_quantize": vq_quantize,
     "VectorQuantize": vector_quantize,
+    "EdgeConv": functools.partial(layer_over_points, "EdgeConv"),
+    "PointConv": functools.partial(layer_over_points, "PointConv"),
 }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import fastzoo
 from fastzoo import nn, ops
 from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
+from fastzoo.testing.pointconv import random_edges
 from fastzoo.testing.vq import VQ_NEAREST, VQ_QUANTIZE, VQ_STATISTICS, random_codes
 
 # vector-quantize-pytorch's defaults, of which fastzoo.nn's are the same.
@@ -274,6 +275,155 @@ STATISTICS = Workload(
 )
 
 
+# --- layers over points: a step of training -------------------------------------------------------
+
+
+def _step_of_layer(module: torch.nn.Module, parameters: tuple[Tensor, ...], *inputs: Any) -> Any:
+    """A call of a module with these parameters, in the order in which it names its own."""
+    module.to(inputs[0].device).train()
+    names = [name for name, _ in module.named_parameters()]
+    given = dict(zip(names, parameters, strict=True))
+    return lambda: torch.func.functional_call(module, given, inputs)
+
+
+def _parameters(module: torch.nn.Module, *, seed: int = 0) -> list[Tensor]:
+    """Drawn anew, since a normalisation that is new does nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randn(p.shape, generator=generator) / max(1, p[0].numel()) ** 0.5
+        for p in module.parameters()
+    ]
+
+
+def _normalised(z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """By the batch's moments, channels last."""
+    found = F.batch_norm(z.flatten(0, -2), None, None, scale, shift, training=True)
+    return found.view(z.shape)
+
+
+def _edge_conv(
+    x: Tensor, grad: Tensor, neighbours: Tensor, *parameters: Tensor
+) -> Callable[[], Any]:
+    outputs, both = parameters[0].shape[:2]
+    module = nn.EdgeConv(both // 2, outputs, neighbours.shape[2])
+    return _step_of_layer(module, parameters, x, neighbours)
+
+
+def _eager_edge_conv(
+    x: Tensor, grad: Tensor, neighbours: Tensor, weight: Tensor, scale: Tensor, shift: Tensor
+) -> Tensor:
+    """DGCNN's code: the edges' features, a convolution, its normalisation, the maximum."""
+    cloud = torch.arange(len(x), device=x.device)[:, None, None]
+    own = x[:, :, None].expand(*neighbours.shape, x.shape[-1])
+    edges = torch.cat([own, x[cloud, neighbours] - own], -1)
+    found = _normalised(edges @ weight.flatten(1).t(), scale, shift)
+    return F.leaky_relu(found, 0.2).amax(2)
+
+
+def _edges(device: str, clouds: int, n: int, k: int, channels: int) -> tuple[Tensor, ...]:
+    _, x, _, neighbours, _, _, _, _ = random_edges(clouds, n, n, k, channels, 1)
+    grad = random_edges(clouds, n, 1, 1, channels, 1, seed=1)[1]
+    parameters = _parameters(nn.EdgeConv(channels, channels, k))
+    return tuple(t.to(device) for t in (x, grad, neighbours, *parameters))
+
+
+EDGE_CONV = Workload(
+    "EdgeConv",
+    "neighbour_reduce",
+    _edge_conv,
+    _eager_edge_conv,
+    lambda x, grad, neighbours, *_: 32.0 * neighbours.numel() * x.shape[-1],
+    (
+        BenchmarkCase(
+            name="train step, 8 x 1024 x 64, K 20",
+            shape={"clouds": 8, "n": 1024, "k": 20, "channels": 64},
+            make=_edges,
+            kwargs={},
+            # Two products of the points, and as many again for each of the gradients.
+            flops=lambda x, *_: 12.0 * x.numel() * x.shape[-1],
+            bytes=lambda x, grad, neighbours, *_: 16.0 * x.numel() + 16.0 * neighbours.numel(),
+            gradients=(0, 3, 4, 5),
+            seeds=lambda x, grad, *_: (grad,),
+            # Of two edges within rounding of each other the other may be the greatest, and its
+            # gradient then goes elsewhere: that of a few among half a million.
+            tolerance=lambda *args, **kwargs: 5e-3,
+        ),
+    ),
+)
+
+
+def _pointconv_layer(
+    features: Tensor,
+    grad: Tensor,
+    xyz: Tensor,
+    centres: Tensor,
+    neighbours: Tensor,
+    *parameters: Tensor,
+) -> Callable[[], Any]:
+    channels, outputs = features.shape[-1], grad.shape[-1]
+    module = nn.PointConv(channels, outputs, neighbours.shape[2], density_hidden=None)
+    return _step_of_layer(module, parameters, xyz, features, centres, neighbours)
+
+
+def _eager_pointconv_layer(
+    features: Tensor,
+    grad: Tensor,
+    xyz: Tensor,
+    centres: Tensor,
+    neighbours: Tensor,
+    *parameters: Tensor,
+) -> Tensor:
+    """The published code: the weight net with its normalisations over all edges, then the sums."""
+    cloud = torch.arange(len(xyz), device=xyz.device)[:, None, None]
+    hidden = xyz[cloud, neighbours] - centres[:, :, None]
+    *layers, linear, bias = parameters
+    half = len(layers) // 2
+    for weight, offset, scale, shift in zip(
+        layers[:half:2], layers[1:half:2], layers[half::2], layers[half + 1 :: 2], strict=True
+    ):
+        hidden = F.linear(hidden, weight.flatten(1), offset)
+        hidden = F.relu(_normalised(hidden, scale, shift))
+    sums = features[cloud, neighbours].transpose(2, 3) @ hidden
+    return F.linear(sums.flatten(2), linear, bias)
+
+
+def _layer_inputs(
+    device: str, clouds: int, n: int, s: int, k: int, channels: int
+) -> tuple[Tensor, ...]:
+    xyz, features, centres, neighbours, *_ = random_edges(clouds, n, s, k, channels, 1)
+    grad = random_edges(clouds, s, 1, 1, channels, 1, seed=1)[1]
+    parameters = _parameters(nn.PointConv(channels, channels, k, density_hidden=None))
+    return tuple(t.to(device) for t in (features, grad, xyz, centres, neighbours, *parameters))
+
+
+POINTCONV_LAYER = Workload(
+    "PointConv",
+    "pointconv_moments",
+    _pointconv_layer,
+    _eager_pointconv_layer,
+    lambda features, grad, xyz, centres, neighbours, *_: (
+        32.0 * neighbours.numel() * features.shape[-1]
+    ),
+    (
+        BenchmarkCase(
+            name="train step, 4 x 1024 -> 512, K 32, 128 x 16 -> 128",
+            shape={"clouds": 4, "n": 1024, "s": 512, "k": 32, "channels": 128},
+            make=_layer_inputs,
+            kwargs={},
+            flops=lambda features, grad, xyz, centres, neighbours, *parameters: (
+                6.0 * neighbours[..., 0].numel() * parameters[-2].numel()
+                + 6.0 * neighbours.numel() * parameters[-2].shape[1]
+            ),
+            bytes=lambda *args: 3 * sum(float(a.numel() * a.element_size()) for a in args),
+            # Not of what is added before a normalisation: it has none.
+            gradients=(0, 5, 7, 9, *range(11, 19)),
+            seeds=lambda features, grad, *_: (grad,),
+            tolerance=lambda *args, **kwargs: 1e-4,
+        ),
+    ),
+)
+
+
 def _also(spec: OpSpec, *cases: BenchmarkCase) -> OpSpec:
     return dataclasses.replace(spec, benchmarks=spec.benchmarks + cases)
 
@@ -290,6 +440,7 @@ def _option(spec: OpSpec, case: str, **kwargs: Any) -> BenchmarkCase:
     )
 
 
+_WORKLOADS = (QUANTIZE, VECTOR_QUANTIZE, STATISTICS, KMEANS, EDGE_CONV, POINTCONV_LAYER)
 MEASURED: dict[str, OpSpec | Workload] = {
     **{name: spec for name, spec in SPECS.items() if spec.benchmarks},
     "vq_nearest": _also(
@@ -297,5 +448,5 @@ MEASURED: dict[str, OpSpec | Workload] = {
         _option(VQ_NEAREST, "16384 x 8192 x 64", metric="cosine"),
         _option(VQ_NEAREST, "16384 x 8192 x 64", precision="fast"),
     ),
-    **{work.name: work for work in (QUANTIZE, VECTOR_QUANTIZE, STATISTICS, KMEANS)},
+    **{work.name: work for work in _WORKLOADS},
 }

@@ -566,6 +566,12 @@ def test_neighbours_of_peers_are_right_where_they_are_as_near() -> None:
     assert compare("knn_points", other.roll(1, 1), right, args)[1] < 1
     assert compare("knn_points", other[..., :1].expand(-1, -1, 4), right, args)[1] == 0
     assert compare("knn_points", other[..., :3], right, args)[1] == 0
+    apart = random_points(2, 60)
+    args = apart, apart, None, None, 2, 4
+    nearest = ops.knn_points(apart, apart, K=5).idx
+    skipped = torch.cat([nearest[..., :3], nearest[..., 4:]], -1)
+    right = SPECS["knn_points"].definition(*args)
+    assert compare("knn_points", skipped, right, args) == (False, 0.75)
 
 
 def test_neighbours_of_peers_in_a_ball_are_right_where_they_are_inside() -> None:
@@ -644,6 +650,8 @@ SMALL = {
     "kernel_density": {"clouds": 2, "n": 40},
     "pointconv": {"clouds": 2, "n": 30, "s": 8, "k": 4, "channels": 6},
     "neighbour_reduce": {"clouds": 2, "n": 30, "k": 4, "channels": 6},
+    "EdgeConv": {"clouds": 2, "n": 30, "k": 4, "channels": 6},
+    "PointConv": {"clouds": 2, "n": 30, "s": 8, "k": 4, "channels": 6},
 }
 
 

@@ -77,6 +77,8 @@ MEASURED = (
     "kernel_density",
     "pointconv",
     "neighbour_reduce",
+    "PointConv",
+    "EdgeConv",
 )
 
 SHOW_INFO = """
