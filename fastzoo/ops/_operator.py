@@ -144,6 +144,14 @@ class Operator:
             raise RuntimeError(f"fastzoo.ops.{self.name}: backend {backend!r} cannot run: {reason}")
         return self.overloads[backend]
 
+    def beside(self, backend: str | None, device_type: str) -> Any:
+        """The overload for a part of a function whose own operator runs on ``backend``: that
+        backend where this operator has it, and what ``auto`` would run elsewhere."""
+        if backend is None or backend == "auto":
+            backend = backends.forced
+        default = self._auto.get(device_type, self.default)
+        return default if backend is None else self.overloads.get(backend, default)
+
     def like(self, ctx: Any) -> Any:
         """The overload for a backward: the forward's backend where this operator has it."""
         return self.overloads.get(ctx.backend, self.default)

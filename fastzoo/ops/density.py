@@ -8,7 +8,7 @@ from torch import Tensor
 from fastzoo import reference
 from fastzoo.ops._checks import check_choice, check_clouds, check_indices, check_same, check_tensor
 from fastzoo.ops._operator import Operator
-from fastzoo.ops.pointconv import group_points
+from fastzoo.ops.pointconv import group_beside
 from fastzoo.reference.density import density_with, inverse_scale_with
 from fastzoo.reference.precision import compute_dtype
 
@@ -135,7 +135,7 @@ def kernel_density(
             )
     return density_with(
         _KERNEL_DENSITY.choose(backend, points.device.type),
-        _gather,
+        group_beside(backend),
         points,
         bandwidth,
         lengths,
@@ -165,13 +165,7 @@ def inverse_density_scale(density: Tensor, neighbours: Tensor) -> Tensor:
     """
     check_tensor("density", density, "[B, N]", 2)
     check_indices("neighbours", neighbours, "[B, S, K]", 3, density.device)
-    return inverse_scale_with(group_points, density, neighbours)
-
-
-def _gather(rows: Tensor, neighbours: Tensor) -> Tensor:
-    if rows.dim() == 3:
-        return group_points(rows, neighbours)
-    return group_points(rows[None], neighbours[None])[0]
+    return inverse_scale_with(group_beside(None), density, neighbours)
 
 
 def _check_bandwidth(bandwidth: float | Tensor, points: Tensor) -> None:

@@ -14,7 +14,7 @@ from fastzoo.ops._checks import (
     check_tensor,
 )
 from fastzoo.ops._operator import Operator
-from fastzoo.ops.pointconv import group_points
+from fastzoo.ops.pointconv import group_beside
 from fastzoo.reference.neighbours import KNN, ball_with, distances_of, knn_with
 from fastzoo.reference.precision import compute_dtype
 
@@ -138,7 +138,7 @@ def knn_points(
         _check_radius(radius)
     return knn_with(
         _NEIGHBOUR_SEARCH.choose(backend, p1.device.type),
-        _gather,
+        group_beside(backend),
         p1,
         p2,
         lengths1,
@@ -195,7 +195,7 @@ def ball_query(
     _check_radius(radius)
     return ball_with(
         _NEIGHBOUR_SEARCH.choose(backend, p1.device.type),
-        _gather,
+        group_beside(backend),
         p1,
         p2,
         lengths1,
@@ -227,7 +227,10 @@ def knn_gather(x: Tensor, idx: Tensor, lengths: Tensor | None = None) -> Tensor:
     Source: pytorch3d.ops.knn_gather, whose signature it has.
     """
     check_tensor("x", x, "[N, M, U]", 3)
-    gathered = group_points(x, idx)
+    check_indices("idx", idx, "[N, L, K]", 3, x.device)
+    if idx.shape[0] != x.shape[0]:
+        raise ValueError(f"idx: expected {x.shape[0]} clouds, got {list(idx.shape)}")
+    gathered = group_beside(None)(x, idx)
     if lengths is None:
         return gathered
     check_indices("lengths", lengths, "[N]", 1, x.device)
@@ -251,12 +254,6 @@ def three_nn(
     if known.shape[-2] < 3:
         raise ValueError(f"known: expected at least 3 points, got {known.shape[-2]}")
     return distances_of(found.dists), found.idx
-
-
-def _gather(points: Tensor, idx: Tensor) -> Tensor:
-    if points.dim() == 3:
-        return group_points(points, idx)
-    return group_points(points[None], idx[None])[0]
 
 
 def _check_radius(radius: float) -> None:

@@ -1,6 +1,6 @@
 """Aggregation over a list of neighbours: PointConv, and sums and maxima of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -295,7 +295,7 @@ def pointconv(
         features = features.to(torch.get_autocast_dtype(kind))
     return pointconv_with(
         _POINTCONV.choose(backend, kind),
-        group_points,
+        group_beside(backend),
         xyz,
         features,
         centres,
@@ -381,6 +381,18 @@ def neighbour_reduce(
             raise ValueError(f"weights: expected with a sum alone, got reduce={reduce!r}")
     kernel = _NEIGHBOUR_REDUCE.choose(backend, features.device.type)
     return reduce_with(kernel, features, idx, weights, reduce)
+
+
+def group_beside(backend: str | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """A gather of rows ``[B, N, C]`` or ``[N, C]`` for a function whose operator runs elsewhere."""
+
+    def group(points: Tensor, idx: Tensor) -> Tensor:
+        rows, places = (points, idx) if points.dim() == 3 else (points[None], idx[None])
+        kernel = _NEIGHBOUR_REDUCE.beside(backend, points.device.type)
+        found = reduce_with(kernel, rows, places.flatten(1)[..., None])
+        return found.view(*idx.shape, rows.shape[-1])
+
+    return group
 
 
 def group_points(points: Tensor, idx: Tensor, *, backend: str | None = None) -> Tensor:

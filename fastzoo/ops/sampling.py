@@ -9,7 +9,7 @@ from torch import Tensor
 from fastzoo import reference
 from fastzoo.ops._checks import check_clouds, check_count, check_floating, check_indices
 from fastzoo.ops._operator import Operator
-from fastzoo.ops.pointconv import group_points
+from fastzoo.ops.pointconv import group_beside
 from fastzoo.ops.vq import vq_statistics
 from fastzoo.reference.sampling import GridSubsample, sample_with, subsample_with, voxels_with
 
@@ -112,7 +112,7 @@ def sample_farthest_points(
         ptr=ptr,
         batch=batch,
         start=start,
-        gather=group_points,
+        gather=group_beside(backend),
     )
 
 
