@@ -16,6 +16,7 @@ import triton.language as tl
 from fastzoo.reference.precision import compute_dtype
 
 from .runtime import FUSED, INTERPRETER, CompileCase, generation, on_device_of
+from .score_tiles import known
 
 KERNELS = {"gaussian": 0, "epanechnikov": 1, "tophat": 2}
 GAUSSIAN = tl.constexpr(KERNELS["gaussian"])
@@ -96,16 +97,16 @@ def _squared_distances(
     DIMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     total = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
-    lane = tl.arange(0, AT_ONCE)
+    lane = tl.arange(0, BLOCK_D)
     if DIMS <= FEW_DIMS:
-        for d in tl.static_range(0, DIMS, AT_ONCE):
+        for d in tl.static_range(0, DIMS, BLOCK_D):
             x = _differences(a, a_row, a_inside, b, b_row, b_inside, d + lane, COMPUTE, DIMS)
             total += tl.sum(x * x, axis=2)
     else:
-        for d in range(0, DIMS, AT_ONCE):
+        for d in range(0, DIMS, BLOCK_D):
             x = _differences(a, a_row, a_inside, b, b_row, b_inside, d + lane, COMPUTE, DIMS)
             total += tl.sum(x * x, axis=2)
     return total
@@ -150,7 +151,7 @@ def _density_kernel(
     DIMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = scale.dtype.element_ty
     cloud = tl.program_id(0).to(tl.int64) // tiles
@@ -164,8 +165,8 @@ def _density_kernel(
     total = tl.zeros((BLOCK_M,), tl.float64)
     for start in range(begin, end, BLOCK_N * AT_A_TIME):
         sums = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
-        for next in range(start, tl.minimum(start + BLOCK_N * AT_A_TIME, end), BLOCK_N):
-            other = next + tl.arange(0, BLOCK_N)
+        for place in range(start, tl.minimum(start + BLOCK_N * AT_A_TIME, end), BLOCK_N):
+            other = place + tl.arange(0, BLOCK_N)
             live = other < end
             u = _squared_distances(
                 queries,
@@ -178,7 +179,7 @@ def _density_kernel(
                 DIMS,
                 BLOCK_M,
                 BLOCK_N,
-                AT_ONCE,
+                BLOCK_D,
             )
             u *= tl.load(scale + other, mask=live, other=0.0)[None, :]
             term = _value(u, KERNEL) * tl.load(weight + other, mask=live, other=0.0)[None, :]
@@ -208,8 +209,8 @@ def _gradient_kernel(
     DIMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    AT_ONCE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GRADIENT_D: tl.constexpr,
 ):
     COMPUTE: tl.constexpr = scale.dtype.element_ty
     cloud = tl.program_id(0).to(tl.int64) // tiles
@@ -220,18 +221,18 @@ def _gradient_kernel(
     inside = row < last
     first, last = _cloud(other_ranges, cloud, other_rows)
     begin, end = _part(first, last, needed, BLOCK_N)
-    lane = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    lane = tl.program_id(2) * GRADIENT_D + tl.arange(0, GRADIENT_D)
     if POINTS:
         own_scale = tl.load(scale + row, mask=inside, other=0.0)
         own_weight = tl.load(weight + row, mask=inside, other=0.0)
-    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float64)
+    total = tl.zeros((BLOCK_M, GRADIENT_D), tl.float64)
     scale_total = tl.zeros((BLOCK_M,), tl.float64)
     weight_total = tl.zeros((BLOCK_M,), tl.float64)
     for start in range(begin, end, BLOCK_N):
         number = start + tl.arange(0, BLOCK_N)
         live = number < end
         squares = _squared_distances(
-            own, row, inside, other, number, live, COMPUTE, DIMS, BLOCK_M, BLOCK_N, AT_ONCE
+            own, row, inside, other, number, live, COMPUTE, DIMS, BLOCK_M, BLOCK_N, BLOCK_D
         )
         if POINTS:
             u = squares * own_scale[:, None]
@@ -261,10 +262,6 @@ def _gradient_kernel(
     tl.store(out, total.to(COMPUTE), mask=inside[:, None] & (lane < DIMS)[None, :])
 
 
-def _tile(tiles: dict[int, dict[int, Tile]], machine: int, size: int) -> Tile:
-    return tiles[max(key for key in tiles if key <= machine)][size]
-
-
 def _grid(tile: Tile, clouds: int, longest: int, others: int) -> tuple[int, int, int]:
     """Tiles of a cloud's rows, programs for the rows, and among how many the others are split."""
     tiles = triton.cdiv(longest, tile.rows)
@@ -285,7 +282,7 @@ def kernel_density(
 ) -> torch.Tensor:
     """At each query, its cloud's points' sum of weight * kernel(scale * squared distance)."""
     (rows, dims), clouds = queries.shape, len(ranges1)
-    tile = _tile(TILES, generation(queries), scale.itemsize)
+    tile = TILES[known(generation(queries))][scale.itemsize]
     tiles, programs, parts = _grid(tile, clouds, longest, len(points))
     partial = scale.new_zeros(parts, rows)
     if rows and programs:
@@ -301,7 +298,7 @@ def kernel_density(
                 DIMS=dims,
                 BLOCK_M=tile.rows,
                 BLOCK_N=tile.others,
-                AT_ONCE=_dims_at_once(tile.distance_dims, dims),
+                BLOCK_D=_dims_at_once(tile.distance_dims, dims),
                 **FUSED,
             )
     return _sum_of_parts(partial, scale.dtype)
@@ -335,7 +332,7 @@ def kernel_density_backward(
 def _gradients(own, others, grad, scale, weight, kernel, of_points):
     (x, own_ranges, longest), (y, other_ranges, _) = own, others
     rows, dims = x.shape
-    tile = _tile(GRADIENT_TILES, generation(x), scale.itemsize)
+    tile = GRADIENT_TILES[known(generation(x))][scale.itemsize]
     tiles, programs, parts = _grid(tile, len(own_ranges), longest, len(y))
     partial = scale.new_zeros(parts, rows, dims)
     of_scale, of_weight = scale.new_zeros(2, parts, rows if of_points else 0)
@@ -361,8 +358,8 @@ def _gradients(own, others, grad, scale, weight, kernel, of_points):
                 DIMS=dims,
                 BLOCK_M=tile.rows,
                 BLOCK_N=tile.others,
-                AT_ONCE=_dims_at_once(tile.distance_dims, dims),
-                BLOCK_D=block_dims,
+                BLOCK_D=_dims_at_once(tile.distance_dims, dims),
+                GRADIENT_D=block_dims,
                 **FUSED,
             )
     return (
@@ -382,7 +379,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
         given = f"*{type_}"
         size = 8 if type_ == "fp64" else 4
         computed = f"*fp{8 * size}"
-        tile = _tile(TILES, generation, size)
+        tile = TILES[known(generation)][size]
         for kernel, number in KERNELS.items():
             cases.append(
                 CompileCase(
@@ -400,13 +397,13 @@ def compile_cases(generation: int) -> list[CompileCase]:
                         "DIMS": dims,
                         "BLOCK_M": tile.rows,
                         "BLOCK_N": tile.others,
-                        "AT_ONCE": tile.distance_dims,
+                        "BLOCK_D": tile.distance_dims,
                     },
                     options=FUSED,
                     fused=True,
                 )
             )
-        tile = _tile(GRADIENT_TILES, generation, size)
+        tile = GRADIENT_TILES[known(generation)][size]
         for of_points in (False, True):
             results = ("partial", "grad_scale", "grad_weight") if of_points else ("partial",)
             cases.append(
@@ -425,8 +422,8 @@ def compile_cases(generation: int) -> list[CompileCase]:
                         "DIMS": dims,
                         "BLOCK_M": tile.rows,
                         "BLOCK_N": tile.others,
-                        "AT_ONCE": tile.distance_dims,
-                        "BLOCK_D": _dims_at_once(tile.gradient_dims, dims),
+                        "BLOCK_D": tile.distance_dims,
+                        "GRADIENT_D": _dims_at_once(tile.gradient_dims, dims),
                     },
                     options=FUSED,
                     fused=True,

@@ -17,6 +17,7 @@ import triton.language as tl
 from fastzoo.reference.precision import compute_dtype
 
 from .runtime import FUSED, INTERPRETER, CompileCase, generation, on_device_of
+from .score_tiles import TRITON_TYPES, known
 
 CHANNELS = 128  # of a tile, at most
 # The other sides of tiles: centres or edges, by rows and edges for sums over the edges of rows.
@@ -145,7 +146,7 @@ def _dot_kernel(
 def edge_rows(neighbours: torch.Tensor, points: int) -> torch.Tensor:
     """``[B, S, K]``: each edge's row among all clouds' of ``points`` rows each, -1 for none."""
     cloud = torch.arange(len(neighbours), device=neighbours.device) * points
-    return torch.where(neighbours < 0, -1, neighbours + cloud[:, None, None])
+    return torch.where(neighbours < 0, -1, neighbours + cloud[:, None, None]).contiguous()
 
 
 def inverse_list(rows: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +171,7 @@ def add_by_row(
     if sums.numel() == 0:
         return
     order, offsets = inverse
-    block_rows, block_edges = ROW_EDGES[known(sums)]
+    block_rows, block_edges = ROW_EDGES[known(generation(sums))]
     block_channels = _channels(channels)
     with on_device_of(sums):
         _sum_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(channels, block_channels))](
@@ -184,7 +185,7 @@ def add_by_row(
             each,
             points,
             channels,
-            SUM=_compute(sums),
+            SUM=_sum_type(sums),
             BLOCK_R=block_rows,
             BLOCK_E=block_edges,
             BLOCK_C=block_channels,
@@ -192,18 +193,12 @@ def add_by_row(
         )
 
 
-def known(tensor: torch.Tensor) -> int:
-    """The newest generation in the tables that is not newer than the tensor's device."""
-    machine = generation(tensor)
-    return max(key for key in CENTRES if key <= machine)
-
-
 def _channels(channels: int) -> int:
     return min(CHANNELS, max(16, triton.next_power_of_2(channels)))
 
 
-def _compute(tensor: torch.Tensor) -> Any:
-    return tl.float64 if tensor.dtype == torch.float64 else tl.float32
+def _sum_type(tensor: torch.Tensor) -> Any:
+    return TRITON_TYPES[compute_dtype(tensor)]
 
 
 def neighbour_reduce(
@@ -218,7 +213,7 @@ def neighbour_reduce(
     winner = torch.empty(out.shape if maximum else 0, dtype=torch.int32, device=features.device)
     if out.numel() == 0:
         return out, winner
-    block_centres, block_channels = CENTRES[known(features)], _channels(channels)
+    block_centres, block_channels = CENTRES[known(generation(features))], _channels(channels)
     grid = (triton.cdiv(clouds * centres, block_centres), triton.cdiv(channels, block_channels))
     with on_device_of(features):
         _reduce_kernel[grid](
@@ -231,7 +226,7 @@ def neighbour_reduce(
             k,
             points,
             channels,
-            SUM=_compute(features),
+            SUM=_sum_type(features),
             BLOCK_S=block_centres,
             BLOCK_C=block_channels,
             **FUSED,
@@ -263,7 +258,7 @@ def neighbour_reduce_backward(
     )
     grad_weights = torch.empty_like(weights)
     if weights.numel():
-        block_edges = CENTRES[known(features)]
+        block_edges = CENTRES[known(generation(features))]
         with on_device_of(features):
             _dot_kernel[(triton.cdiv(rows.numel(), block_edges),)](
                 grad,
@@ -281,7 +276,7 @@ def neighbour_reduce_backward(
 
 
 def compile_cases(generation: int) -> list[CompileCase]:
-    machine = max(key for key in CENTRES if key <= generation)
+    machine = known(generation)
     centres, (rows, edges) = CENTRES[machine], ROW_EDGES[machine]
     cases = []
 

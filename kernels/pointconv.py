@@ -15,6 +15,8 @@ are a tile [edges, width], padded with zeros to a power of two. Going back, the 
 layer are made again: to keep all of them would fill the registers.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ from .score_tiles import TRITON_TYPES, gradient_dtype, known, product, short_nam
 
 # What is held of a chunk of centres, and of the parts of the network's gradient.
 CHUNK_BYTES = {INTERPRETER: 256 << 10, 8: 64 << 20, 9: 64 << 20, 10: 64 << 20}
-PARTS_BYTES = {INTERPRETER: 1 << 20, 8: 16 << 20, 9: 16 << 20, 10: 16 << 20}
+PARTS_BYTES = {INTERPRETER: 1 << 20, 8: 32 << 20, 9: 32 << 20, 10: 32 << 20}
 PARTS = {INTERPRETER: 2, 8: 1024, 9: 2048, 10: 2048}
 MOMENT_PARTS = {INTERPRETER: 2, 8: 216, 9: 264, 10: 296}
 
@@ -139,6 +141,7 @@ def _aggregate_kernel(
     outputs,
     GROUPED: tl.constexpr,
     OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -166,7 +169,7 @@ def _aggregate_kernel(
             other=0.0,
         )
         f, w = f.to(OPERAND), w.to(OPERAND)
-        total = tl.dot(f, w, total, input_precision="ieee", out_dtype=SUM)
+        total = tl.dot(f, w, total, input_precision=PRECISION, out_dtype=SUM)
     at = out + (centre * channels + channel[:, None]) * outputs + output[None, :]
     live = (channel < channels)[:, None] & (output < outputs)[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=live)
@@ -282,7 +285,17 @@ def _net_gradient_kernel(
         there = row >= 0
         centre = edge // neighbours
         above = _outputs(
-            xyz, centres, net, row, centre, there, LAYERS, WIDTHS, PADDED, OFFSETS, BLOCK_E
+            xyz,
+            centres,
+            net,
+            row,
+            centre,
+            there,
+            LAYERS,
+            WIDTHS,
+            PADDED,
+            OFFSETS,
+            BLOCK_E,
         )
         if MOMENTS:
             g = tl.dot(above - middle[None, :], matrix, input_precision="ieee", out_dtype=dtype)
@@ -299,8 +312,7 @@ def _net_gradient_kernel(
         if LAYERS == 0 and grad_coordinates is not None:
             at = grad_coordinates + edge[:, None] * DIMS + lane[None, :]
             tl.store(at, g, mask=inside[:, None] & within[None, :])
-        for step in tl.static_range(LAYERS):
-            i = LAYERS - 1 - step
+        for i in tl.static_range(LAYERS - 1, -1, -1):
             out = tl.arange(0, PADDED[i + 1])
             live = out < WIDTHS[i + 1]
             bias = OFFSETS[i] + WIDTHS[i] * WIDTHS[i + 1]
@@ -308,7 +320,17 @@ def _net_gradient_kernel(
             _add(partial + bias + out, tl.sum(g, axis=0), live)
             if i > 0:
                 above = _outputs(
-                    xyz, centres, net, row, centre, there, i, WIDTHS, PADDED, OFFSETS, BLOCK_E
+                    xyz,
+                    centres,
+                    net,
+                    row,
+                    centre,
+                    there,
+                    i,
+                    WIDTHS,
+                    PADDED,
+                    OFFSETS,
+                    BLOCK_E,
                 )
                 into = tl.arange(0, PADDED[i])
                 at = OFFSETS[i] + out[:, None] * WIDTHS[i] + into[None, :]
@@ -319,11 +341,11 @@ def _net_gradient_kernel(
                 g = tl.dot(g, weight, input_precision="ieee", out_dtype=dtype)
             else:
                 for d in range(DIMS):
-                    at = OFFSETS[0] + out * DIMS + d
                     x = _coordinate(xyz, centres, row, centre, there, d, DIMS)
-                    _add(partial + at, tl.sum(g * x[:, None], axis=0), live)
+                    column_at = out * DIMS + d
+                    _add(partial + column_at, tl.sum(g * x[:, None], axis=0), live)
                     if grad_coordinates is not None:
-                        column = tl.load(net + at, mask=live, other=0.0)
+                        column = tl.load(net + column_at, mask=live, other=0.0)
                         by_d = tl.sum(g * column[None, :], axis=1)
                         tl.store(grad_coordinates + edge * DIMS + d, by_d, mask=inside)
         # Another thread may be the next to add to what this one wrote.
@@ -387,72 +409,73 @@ def _moments_kernel(
         tl.store(sums + part * OUTPUTS + lane, total, mask=within)
 
 
-class Tile(NamedTuple):
-    """What a program holds of a centre."""
-
-    neighbours: int
-    channels: int
+class Launch(NamedTuple):
+    constants: dict[str, Any]
+    options: dict[str, Any]
 
 
 def _padded(width: int) -> int:
     return max(SMALLEST, triton.next_power_of_2(width))
 
 
-def _edges_at_a_time(machine: int, size: int, widest: int) -> int:
-    """Edges of a tile, whose outputs are numbers of so many bytes, at most so many of an edge."""
-    if machine == INTERPRETER:
-        return 512
-    return max(SMALLEST, min(64, 4096 * 4 // (size * widest)))
+def _warps(widest: int) -> int:
+    return 8 if widest > 32 else 4
 
 
-def _tile(machine: int, operand: torch.dtype, neighbours: int, channels: int) -> Tile:
-    half = operand.itemsize == 2
+def _products(
+    machine: int,
+    features: torch.dtype,
+    operand: torch.dtype,
+    grouped: bool,
+    sides: tuple[int, int, int],
+) -> Launch:
+    """Of the kernels that multiply, as `operand`, features by what their edges have: neighbours,
+    channels and outputs."""
+    single = torch.float64 if operand == torch.float64 else torch.float32
     if machine == INTERPRETER:
-        largest = Tile(64, 128)
+        largest = (64, 128)
     else:
-        largest = Tile(32, 128) if half else Tile(16, 64)
-    return Tile(
-        *(
-            min(most, _padded(side))
-            for most, side in zip(largest, (neighbours, channels), strict=True)
-        )
-    )
-
-
-def _operand(machine: int, dtype: torch.dtype) -> Any:
+        largest = (32, 128) if operand.itemsize == 2 else (16, 64)
     # The interpreter multiplies the bits of bfloat16.
-    widens = machine == INTERPRETER and dtype == torch.bfloat16
-    return tl.float32 if widens else TRITON_TYPES[dtype]
+    widens = machine == INTERPRETER and operand == torch.bfloat16
+    constants = {
+        "GROUPED": grouped,
+        "OPERAND": tl.float32 if widens else TRITON_TYPES[operand],
+        # Gradients of float16 are float32: tf32 has the digits of the one, the range of the other.
+        "PRECISION": "ieee" if operand == features else "tf32",
+        "SUM": TRITON_TYPES[single],
+        "BLOCK_K": min(largest[0], _padded(sides[0])),
+        "BLOCK_C": min(largest[1], _padded(sides[1])),
+        "BLOCK_M": _padded(sides[2]),
+    }
+    return Launch(constants, {"num_warps": _warps(constants["BLOCK_M"]), **FUSED})
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of products of features with gradients, which are float32 where features are float16: tf32
-    has the digits of the one and the range of the other."""
-    return "tf32" if dtype == torch.float16 else "ieee"
-
-
-def _network(dims: int, widths: list[int]) -> dict[str, Any]:
+def _network(machine: int, dims: int, widths: list[int]) -> Launch:
     """Widths from the coordinates up, as padded, and where each layer's parameters begin."""
     all_widths = (dims, *widths)
+    padded = tuple(_padded(width) for width in all_widths)
     offsets = [0]
     for below, width in zip(all_widths[:-1], widths, strict=True):
         offsets.append(offsets[-1] + (below + 1) * width)
-    return {
+    widest = max(padded[1:] or padded)
+    edges = 512 if machine == INTERPRETER else 32 if widest <= 32 else 16
+    constants = {
         "WIDTHS": all_widths,
-        "PADDED": tuple(_padded(width) for width in all_widths),
+        "PADDED": padded,
         "OFFSETS": tuple(offsets),
         "LAYERS": len(widths),
+        "BLOCK_E": edges,
     }
+    return Launch(constants, {"num_warps": _warps(widest), **FUSED})
 
 
 class _Edges:
     """All edges, and the network whose inputs they are."""
 
     def __init__(self, xyz, centres, neighbours, net, widths) -> None:
-        (clouds, self.points, self.dims), (_, self.cloud_centres, self.k) = (
-            xyz.shape,
-            neighbours.shape,
-        )
+        clouds, self.points, self.dims = xyz.shape
+        self.cloud_centres, self.k = neighbours.shape[1:]
         self.machine = known(generation(xyz))
         self.centres = clouds * self.cloud_centres
         self.outputs = widths[-1] if widths else self.dims
@@ -460,24 +483,17 @@ class _Edges:
         self.middle = centres.contiguous().flatten(0, 1)
         self.rows = edge_rows(neighbours, self.points).view(self.centres, self.k)
         self.net = net.contiguous()
-        self.network = _network(self.dims, widths)
-        self.network["BLOCK_E"] = _edges_at_a_time(
-            self.machine, net.itemsize, max(self.network["PADDED"])
-        )
+        self.network = _network(self.machine, self.dims, widths)
 
     def parts(self, edges: int, most: int) -> tuple[int, int]:
         """Among how many programs edges are split, in whole tiles, and how many each has."""
-        block = self.network["BLOCK_E"]
+        block = self.network.constants["BLOCK_E"]
         each = triton.cdiv(triton.cdiv(edges, block), most) * block
         return triton.cdiv(edges, each), each
 
-    def at_a_time(self, size: int) -> int:
-        """Centres of a chunk that holds so many bytes of each."""
-        return max(1, CHUNK_BYTES[self.machine] // max(size, 1))
-
-    def chunks(self, size: int):
-        """Slices of the centres."""
-        step = self.at_a_time(size)
+    def chunks(self, size: int) -> Iterator[slice]:
+        """Slices of the centres, of each of which so many bytes are held."""
+        step = max(1, CHUNK_BYTES[self.machine] // max(size, 1))
         for first in range(0, self.centres, step):
             yield slice(first, min(first + step, self.centres))
 
@@ -487,7 +503,7 @@ class _Edges:
         weights = torch.empty(*rows.shape, self.outputs, dtype=dtype, device=rows.device)
         if weights.numel():
             with on_device_of(weights):
-                _weights_kernel[(triton.cdiv(rows.numel(), self.network["BLOCK_E"]),)](
+                _weights_kernel[(triton.cdiv(rows.numel(), self.network.constants["BLOCK_E"]),)](
                     self.xyz,
                     self.middle[chunk],
                     rows,
@@ -496,19 +512,20 @@ class _Edges:
                     weights,
                     rows.numel(),
                     self.k,
-                    **self.network,
-                    **FUSED,
+                    **self.network.constants,
+                    **self.network.options,
                 )
         return weights
 
     def aggregate(self, chunk: slice, features, grouped: bool, weights, out) -> None:
         """Into ``out [centres, channels, outputs]``."""
         count, channels = len(weights), features.shape[-1]
-        tile = _tile(self.machine, features.dtype, self.k, channels)
         if out.numel() == 0:
             return
+        sides = (self.k, channels, self.outputs)
+        launch = _products(self.machine, features.dtype, features.dtype, grouped, sides)
         with on_device_of(out):
-            _aggregate_kernel[(count, triton.cdiv(channels, tile.channels))](
+            _aggregate_kernel[(count, triton.cdiv(channels, launch.constants["BLOCK_C"]))](
                 features[chunk] if grouped else features,
                 self.rows[chunk],
                 weights,
@@ -516,13 +533,8 @@ class _Edges:
                 self.k,
                 channels,
                 self.outputs,
-                GROUPED=grouped,
-                OPERAND=_operand(self.machine, features.dtype),
-                SUM=TRITON_TYPES[compute_dtype(features)],
-                BLOCK_K=tile.neighbours,
-                BLOCK_C=tile.channels,
-                BLOCK_M=self.network["PADDED"][-1],
-                **FUSED,
+                **launch.constants,
+                **launch.options,
             )
 
     def edge_gradient(
@@ -530,14 +542,14 @@ class _Edges:
     ) -> torch.Tensor:
         """Gradients of the weights of a chunk's edges; into ``grad_features`` those of theirs."""
         channels = features.shape[-1]
-        dtype = compute_dtype(features)
-        grad_weights = torch.empty_like(weights, dtype=dtype)
+        grad_weights = torch.empty_like(weights, dtype=compute_dtype(features))
         if grad_weights.numel() == 0:
             return grad_weights
+        sides = (self.k, channels, self.outputs)
         operand = gradient_dtype(features.dtype)
-        tile = _tile(self.machine, operand, self.k, channels)
+        launch = _products(self.machine, features.dtype, operand, grouped, sides)
         with on_device_of(grad):
-            _edge_gradient_kernel[(len(weights), triton.cdiv(self.k, tile.neighbours))](
+            _edge_gradient_kernel[(len(weights), triton.cdiv(self.k, launch.constants["BLOCK_K"]))](
                 grad,
                 features[chunk] if grouped else features,
                 self.rows[chunk],
@@ -547,20 +559,14 @@ class _Edges:
                 self.k,
                 channels,
                 self.outputs,
-                GROUPED=grouped,
-                OPERAND=_operand(self.machine, operand),
-                PRECISION=_precision(features.dtype),
-                SUM=TRITON_TYPES[dtype],
-                BLOCK_K=tile.neighbours,
-                BLOCK_C=tile.channels,
-                BLOCK_M=self.network["PADDED"][-1],
-                **FUSED,
+                **launch.constants,
+                **launch.options,
             )
         return grad_weights
 
     def net_partial(self) -> torch.Tensor:
         """Where the programs of ``net_gradient`` add up their parts."""
-        parameters = self.network["OFFSETS"][-1]
+        parameters = self.network.constants["OFFSETS"][-1]
         fitting = PARTS_BYTES[self.machine] // (8 * max(parameters, 1))
         parts = max(1, min(PARTS[self.machine], fitting))
         return torch.zeros(parts, parameters, dtype=torch.float64, device=self.net.device)
@@ -583,7 +589,7 @@ class _Edges:
         edges = rows.numel()
         coordinates = None
         if wants_coordinates:
-            coordinates = torch.empty(edges, self.dims, dtype=self.xyz.dtype, device=rows.device)
+            coordinates = self.xyz.new_empty(*rows.shape, self.dims)
         if edges == 0:
             return coordinates
         parts, each = self.parts(edges, len(partial))
@@ -605,8 +611,8 @@ class _Edges:
                 each,
                 self.k,
                 MOMENTS=grad_weights is None,
-                **self.network,
-                **FUSED,
+                **self.network.constants,
+                **self.network.options,
             )
         return coordinates
 
@@ -630,8 +636,8 @@ class _Edges:
                 edges,
                 each,
                 self.k,
-                **self.network,
-                **FUSED,
+                **self.network.constants,
+                **self.network.options,
             )
         return sums.sum(0)
 
@@ -677,9 +683,9 @@ def pointconv(
         edges.aggregate(chunk, features, grouped, weights, sums)
         if layer:
             sums = product(sums, linear.t())
-        if bias.numel():
-            sums = sums + bias.to(sums.dtype)
-        flat[chunk] = sums
+            flat[chunk] = sums + bias if bias.numel() else sums
+        elif bias.numel():
+            flat[chunk] += bias
     return out
 
 
@@ -737,8 +743,8 @@ def pointconv_backward(
         if not grouped:
             add_by_row(grad_features[points], by_edge, inverse)
         if coordinates is not None:
-            add_by_row(grad_xyz[points], coordinates, inverse)
-            grad_centres[chunk] = -coordinates.view(-1, k, edges.dims).sum(1)
+            add_by_row(grad_xyz[points], coordinates.flatten(0, 1), inverse)
+            grad_centres[chunk] = -coordinates.sum(1)
     return (
         grad_xyz.view(xyz.shape if wants_coordinates else 0),
         grad_features.view(shape).to(dtype),
@@ -797,8 +803,8 @@ def pointconv_moments_backward(
         coordinates = edges.net_gradient(chunk, partial, wants_coordinates, **moments)
         if coordinates is not None:
             points, inverse = edges.inverse(chunk)
-            add_by_row(grad_xyz[points], coordinates, inverse)
-            grad_centres[chunk] = -coordinates.view(-1, edges.k, edges.dims).sum(1)
+            add_by_row(grad_xyz[points], coordinates.flatten(0, 1), inverse)
+            grad_centres[chunk] = -coordinates.sum(1)
     return (
         grad_xyz.view(xyz.shape if wants_coordinates else 0),
         grad_centres.view(centres.shape if wants_coordinates else 0),
@@ -811,86 +817,74 @@ def compile_cases(generation: int) -> list[CompileCase]:
     cases = []
 
     def add(
-        name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], **checks: Any
+        name: str,
+        kernel: Any,
+        types: dict[str, str],
+        constants: dict[str, Any],
+        options: dict[str, Any] = FUSED,
+        **checks: Any,
     ) -> None:
-        cases.append(CompileCase(name, kernel, types, constants, FUSED, fused=True, **checks))
+        cases.append(CompileCase(name, kernel, types, constants, options, fused=True, **checks))
 
-    for type_, size in (("fp32", 4), ("fp64", 8)):
-        pointers = dict.fromkeys(("xyz", "centres", "net"), f"*{type_}")
-        places = {**pointers, "rows": "*i64", "edges": "i32", "neighbours": "i32"}
-        scaled = dict.fromkeys(("scale", "grad_scale", "grad_weights"), f"*{type_}")
-        moments = dict.fromkeys(("grad_mean", "grad_product", "mean"), f"*{type_}")
-        for dims, widths in ((3, [8, 8, 16]), (3, [64, 64, 64]), (3, [])):
-            network = _network(dims, widths)
-            network["BLOCK_E"] = _edges_at_a_time(machine, size, max(network["PADDED"]))
-            name = f"{'-'.join(map(str, widths)) or 'coordinates'}-{type_}"
-            add(
-                f"weights-{name}",
-                _weights_kernel,
-                {**places, "scale": f"*{type_}", "weights": f"*{type_}"},
-                network,
-            )
-            parts = {"partial": "*fp64", "grad_coordinates": f"*{type_}", "each": "i32"}
-            for of, types in (("weights", scaled), ("moments", moments)):
-                add(
-                    f"net-gradient-{of}-{name}",
-                    _net_gradient_kernel,
-                    {**places, **parts, **types},
-                    {**network, "MOMENTS": of == "moments"},
-                )
-            for of, types in (("mean", {}), ("covariance", {"mean": "*fp64"})):
-                add(
-                    f"moments-{of}-{name}",
+    for dtype in (torch.float32, torch.float64):
+        type_ = f"*{short_name(dtype)}"
+        places = {
+            **dict.fromkeys(("xyz", "centres", "net"), type_),
+            "rows": "*i64",
+            **dict.fromkeys(("edges", "neighbours"), "i32"),
+        }
+        parts = {"partial": "*fp64", "grad_coordinates": type_, "each": "i32"}
+        scaled = dict.fromkeys(("scale", "grad_scale", "grad_weights"), type_)
+        moments = dict.fromkeys(("grad_mean", "grad_product", "mean"), type_)
+        for widths in ([8, 8, 16], [64, 64, 64], []):
+            network = _network(machine, 3, widths)
+            variants: tuple[tuple[str, Any, dict[str, str], dict[str, Any]], ...] = (
+                ("weights", _weights_kernel, {"scale": type_, "weights": type_}, {}),
+                ("net-gradient", _net_gradient_kernel, {**parts, **scaled}, {"MOMENTS": False}),
+                ("moments-gradient", _net_gradient_kernel, {**parts, **moments}, {"MOMENTS": True}),
+                ("mean", _moments_kernel, {"sums": "*fp64", "each": "i32"}, {}),
+                (
+                    "covariance",
                     _moments_kernel,
-                    {**places, "sums": "*fp64", "each": "i32", **types},
-                    network,
+                    {"mean": "*fp64", "sums": "*fp64", "each": "i32"},
+                    {},
+                ),
+            )
+            for name, kernel, types, constants in variants:
+                add(
+                    "-".join(map(str, (name, *widths, type_[1:]))),
+                    kernel,
+                    {**places, **types},
+                    {**network.constants, **constants},
+                    network.options,
                 )
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         type_, held = short_name(dtype), gradient_dtype(dtype)
-        sides = dict.fromkeys(("neighbours", "channels", "outputs"), "i32")
-        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        for outputs in (16, 64):
-            for grouped in (False, True):
-                name = f"{outputs}{'-grouped' if grouped else ''}-{type_}"
-                tile = _tile(machine, dtype, 32, 128)
-                constants = {
-                    "GROUPED": grouped,
-                    "OPERAND": TRITON_TYPES[dtype],
-                    "SUM": TRITON_TYPES[sum_dtype],
-                    "BLOCK_K": tile.neighbours,
-                    "BLOCK_C": tile.channels,
-                    "BLOCK_M": outputs,
-                }
-                reads = dict.fromkeys(("features", "weights"), f"*{type_}")
-                multiples = ("channels", "outputs")
+        computed = short_name(torch.float64 if dtype == torch.float64 else torch.float32)
+        reads = {
+            **dict.fromkeys(("features", "weights"), f"*{type_}"),
+            "rows": "*i64",
+            **dict.fromkeys(("neighbours", "channels", "outputs"), "i32"),
+        }
+        for outputs, grouped in itertools.product((16, 64), (False, True)):
+            by_edge = f"*{type_ if grouped else short_name(held)}"
+            gradients = {
+                "grad": f"*{short_name(held)}",
+                "grad_weights": f"*{computed}",
+                "grad_features": by_edge,
+            }
+            for kind, kernel, operand, types in (
+                ("aggregate", _aggregate_kernel, dtype, {"out": f"*{type_}"}),
+                ("edge-gradient", _edge_gradient_kernel, held, gradients),
+            ):
+                launch = _products(machine, dtype, operand, grouped, (32, 128, outputs))
                 add(
-                    f"aggregate-{name}",
-                    _aggregate_kernel,
-                    {**reads, **sides, "rows": "*i64", "out": f"*{type_}"},
-                    constants,
-                    multiples=multiples,
-                    vector_loads=True,
-                    instructions=("mma",) if dtype.itemsize == 2 else (),
-                )
-                tile = _tile(machine, held, 32, 128)
-                constants = {
-                    **constants,
-                    "OPERAND": TRITON_TYPES[held],
-                    "PRECISION": _precision(dtype),
-                    "BLOCK_K": tile.neighbours,
-                    "BLOCK_C": tile.channels,
-                }
-                gradients = {
-                    "grad": f"*{short_name(held)}",
-                    "grad_weights": f"*{short_name(sum_dtype)}",
-                    "grad_features": f"*{type_ if grouped else short_name(held)}",
-                }
-                add(
-                    f"edge-gradient-{name}",
-                    _edge_gradient_kernel,
-                    {**reads, **sides, **gradients, "rows": "*i64"},
-                    constants,
-                    multiples=multiples,
+                    f"{kind}-{outputs}{'-grouped' if grouped else ''}-{type_}",
+                    kernel,
+                    {**reads, **types},
+                    launch.constants,
+                    launch.options,
+                    multiples=("channels", "outputs"),
                     vector_loads=True,
                     instructions=("mma",) if dtype.itemsize == 2 else (),
                 )

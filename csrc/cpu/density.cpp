@@ -86,6 +86,9 @@ struct Pairs {
         point_panels(point_clouds) {
     STD_TORCH_CHECK(math::density_kernel_named(kernel.c_str(), args.kernel),
                     "kernel_density: unknown kernel ", kernel);
+    STD_TORCH_CHECK(query_clouds.size() == point_clouds.size(),
+                    "kernel_density: ", query_clouds.size(), " clouds of queries and ",
+                    point_clouds.size());
     args.dims = points.size(1);
     args.scale = this->scale.const_data_ptr();
     args.weight = this->weight.const_data_ptr();

@@ -34,8 +34,8 @@ struct NeighbourReduceInputs {
     args.weights = weights.dim() == 3 ? weights.const_data_ptr() : nullptr;
     const int64_t* const end = args.neighbours + neighbours.numel();
     const int64_t* const highest = std::max_element(args.neighbours, end);
-    STD_TORCH_CHECK(highest == end || *highest < args.points, op, ": neighbour ", *highest, " of ",
-                    args.points, " points");
+    STD_TORCH_CHECK(highest == end || *highest < args.points, op,
+                    ": neighbours: expected rows below ", args.points, ", got ", *highest);
   }
 
   int64_t all_centres() const { return args.clouds * args.centres; }
@@ -78,8 +78,9 @@ std::tuple<Tensor, Tensor> neighbour_reduce_backward(const Tensor& grad, const T
   if (in.is_maximum) {
     const int32_t* const end = args.winner + won.numel();
     const int32_t* const highest = std::max_element<const int32_t*>(args.winner, end);
-    STD_TORCH_CHECK(highest == end || *highest < args.points, "neighbour_reduce_backward: winner ",
-                    *highest, " of ", args.points, " points");
+    STD_TORCH_CHECK(highest == end || *highest < args.points,
+                    "neighbour_reduce_backward: winner: expected rows below ", args.points,
+                    ", got ", *highest);
   }
   const Tensor grad_weights = torch::stable::empty_like(in.weights);
   const Tensor grad_features = zeros_like(in.features);

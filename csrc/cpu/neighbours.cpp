@@ -175,9 +175,9 @@ void share_out(int64_t threads, int64_t count, const Body& body) {
 }
 
 template <class T>
-void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds, int64_t rows,
+void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds, int64_t all_rows,
             const T* p1, const T* p2, T* distances, int64_t* indices) {
-  over_gaps(clouds, rows, kQueries, [&](int64_t begin, int64_t end) {
+  over_gaps(clouds, all_rows, kQueries, [&](int64_t begin, int64_t end) {
     std::fill(distances + begin * args.k, distances + end * args.k, T(0));
     std::fill(indices + begin * args.k, indices + end * args.k, int64_t{-1});
   });
@@ -191,7 +191,7 @@ void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds
     constexpr int64_t kMetByTree = 1024;
     pairs += rows.queries *
              std::min(rows.points, args.dims > cpu::kMostTreeDims ? rows.points : kMetByTree);
-    if (rows.points < kLargeCloud && rows.queries < kLargeCloud) continue;
+    if (rows.queries == 0 || std::max(rows.points, rows.queries) < kLargeCloud) continue;
     searched[b].emplace(args, rows, p1 + rows.begin1 * args.dims, p2 + rows.begin2 * args.dims,
                         torch::stable::get_num_threads(), kInParallel);
   }

@@ -70,8 +70,8 @@ struct EdgeInputs {
       highest = std::max(highest, args.neighbours[i]);
       edges += args.neighbours[i] >= 0;
     }
-    STD_TORCH_CHECK(highest < args.points, op, ": neighbour ", highest, " of ", args.points,
-                    " points");
+    STD_TORCH_CHECK(highest < args.points, op, ": neighbours: expected rows below ", args.points,
+                    ", got ", highest);
   }
 
   int64_t all_centres() const { return centres.size(0) * centres.size(1); }

@@ -82,6 +82,9 @@ void choose_farthest_of_all(const Tensor& points, const std::vector<Cloud>& clou
 
 Tensor farthest_points(const Tensor& points, const Tensor& ranges, const Tensor& starts,
                        const Tensor& counts, int64_t k) {
+  STD_TORCH_CHECK(starts.size(0) == ranges.size(0) && counts.size(0) == ranges.size(0),
+                  "farthest_points: a start and a count for each of ", ranges.size(0),
+                  " clouds needed");
   const ScalarType compute = compute_dtype(points.scalar_type());
   const Tensor rows = dense_as(points, compute);
   const Tensor dense_starts = torch::stable::contiguous(starts);
@@ -158,7 +161,8 @@ class Voxels {
 template <class T>
 int64_t number_voxels(const cpu::CellsArgs<T>& given, const Cloud& cloud, int64_t* voxels,
                       int64_t* first) {
-  STD_TORCH_CHECK(cloud.size() < int64_t{1} << 31, "voxel_grid: fewer than 2^31 points needed");
+  STD_TORCH_CHECK(cloud.size() < int64_t{1} << 31,
+                  "voxel_grid: fewer than 2^31 points needed, got ", cloud.size());
   constexpr int64_t kAtOnce = 65536;  // rows whose cells are found before they are looked up
   constexpr int64_t kAhead = 16;
   constexpr int64_t kWorthAThread = 8192;

@@ -1,8 +1,9 @@
 // Kernel density: of each query the weighted sum of a profile of the scaled squared distances to
 // the points of its cloud. No matrix of pairs is stored, and distances are sums of squared
 // differences, so that they do not depend on where the origin is.
+//   density_boxes      of many points in Morton order: where the tiles are
 //   density_scan       up to three dimensions: tiles of points in shared memory, queries in
-//                      registers; blocks share out the tiles
+//                      registers; blocks share out the tiles, and skip those whose terms are zero
 //   density_scan_wide  more dimensions: tiles of distances, made as those of products are
 //   density_combine    the shares put together
 #include "../math/density.h"
@@ -11,6 +12,8 @@
 #include <string>
 
 #include "../torch_abi.h"
+#include "runtime/clouds.h"
+#include "runtime/point_tree.h"
 #include "runtime/rows.h"
 #include "runtime/tile_product.h"
 
@@ -20,45 +23,23 @@ namespace {
 using math::DensityKernel;
 
 constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kQueriesEach = 4;
+constexpr int kWarpQueries = kWarpSize * kQueriesEach;
 constexpr int kQueries = kThreads * kQueriesEach;
 constexpr int kTilePoints = 64;
-constexpr int kFewDims = 3;
 constexpr int kCombineThreads = 64;
 
-// The rows [begin, end) of one cloud.
-struct Range {
-  int64_t begin, end;
+template <class C>
+struct Box {
+  C lower[kFewDims], upper[kFewDims];
 };
 
-// The clouds of a matrix of rows. They ascend and do not overlap; rows may lie in none.
-struct Clouds {
-  const int64_t* ranges;  // [count, 2]
-  int64_t count;
-  int64_t rows;
-
-  FASTZOO_DEVICE Range operator[](int64_t cloud) const {
-    return {clamped(ranges[2 * cloud]), clamped(ranges[2 * cloud + 1])};
-  }
-
-  // The first cloud that ends beyond a row; count where none does.
-  FASTZOO_DEVICE int64_t first_beyond(int64_t row) const {
-    int64_t from = 0;
-    for (int64_t to = count; from < to;) {
-      const int64_t middle = from + (to - from) / 2;
-      if ((*this)[middle].end > row) {
-        to = middle;
-      } else {
-        from = middle + 1;
-      }
-    }
-    return from;
-  }
-
- private:
-  FASTZOO_DEVICE int64_t clamped(int64_t row) const {
-    return row < 0 ? 0 : row > rows ? rows : row;
-  }
+// Of a tile of points, and their least scale; that is negative where no term may be left out.
+template <class C>
+struct TileBox {
+  Box<C> box;
+  C scale;
 };
 
 template <class C>
@@ -67,7 +48,22 @@ struct Density {
   Clouds of_queries, of_points;
   const C* scale;
   const C* weight;
+  // Null where rows stay as they are and every tile counts.
+  const int64_t* query_order;
+  const int64_t* point_order;
+  TileBox<C>* boxes;
   C* parts;  // [shares, queries]
+
+  FASTZOO_DEVICE int64_t query_at(int64_t place) const {
+    return query_order == nullptr ? place : query_order[place];
+  }
+  FASTZOO_DEVICE int64_t point_at(int64_t place) const {
+    return point_order == nullptr ? place : point_order[place];
+  }
+  // Every cloud has tiles of its own.
+  FASTZOO_DEVICE int64_t first_tile(int64_t cloud) const {
+    return of_points.begin(cloud) / kTilePoints + cloud;
+  }
 };
 
 template <class C>
@@ -84,98 +80,207 @@ FASTZOO_DEVICE C profile(C u) {
   }
 }
 
+template <class C>
+FASTZOO_DEVICE Box<C> empty_box() {
+  Box<C> box;
+#pragma unroll
+  for (int d = 0; d < kFewDims; ++d) {
+    box.lower[d] = kInfinity<C>;
+    box.upper[d] = -kInfinity<C>;
+  }
+  return box;
+}
+
+// A NaN is anywhere.
+template <class C>
+FASTZOO_DEVICE void add_to_box(Box<C>& box, int d, C coordinate) {
+  const bool nan = math::is_nan(coordinate);
+  box.lower[d] = math::minimum(box.lower[d], nan ? -kInfinity<C> : coordinate);
+  box.upper[d] = math::maximum(box.upper[d], nan ? kInfinity<C> : coordinate);
+}
+
+template <class C>
+FASTZOO_DEVICE void join_lanes(Box<C>& box) {
+#pragma unroll
+  for (int d = 0; d < kFewDims; ++d) {
+    for (int flip = kWarpSize / 2; flip > 0; flip /= 2) {
+      box.lower[d] = math::minimum(box.lower[d], shuffle_xor(box.lower[d], flip));
+      box.upper[d] = math::maximum(box.upper[d], shuffle_xor(box.upper[d], flip));
+    }
+  }
+}
+
+// Not above that of any pair of the boxes: every operation rounds monotonously.
+template <class C>
+FASTZOO_DEVICE C least_distance(const Box<C>& a, const Box<C>& b) {
+  C distance = 0;
+#pragma unroll
+  for (int d = 0; d < kFewDims; ++d) {
+    C gap = 0;
+    if (a.lower[d] - b.upper[d] > gap) gap = a.lower[d] - b.upper[d];
+    if (b.lower[d] - a.upper[d] > gap) gap = b.lower[d] - a.upper[d];
+    distance += square(gap);
+  }
+  return distance;
+}
+
+// A warp a tile.
+template <class C>
+__global__ void __launch_bounds__(kThreads) density_boxes(Density<C> density, int64_t tiles) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t tile = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
+  if (tile >= tiles) return;
+  const Clouds& clouds = density.of_points;
+  const int64_t cloud = clouds.last_at(tile, [&](int64_t c) { return density.first_tile(c); });
+  if (cloud < 0) return;
+  const int64_t first = clouds.begin(cloud) + (tile - density.first_tile(cloud)) * kTilePoints;
+  const int64_t dims = density.points.dims;
+  const int left = tile_left(clouds.end(cloud), first, kTilePoints);
+  TileBox<C> found{empty_box<C>(), kInfinity<C>};
+  bool vanishes = true;
+  for (int i = lane; i < left; i += kWarpSize) {
+    const int64_t point = density.point_at(first + i);
+    for (int d = 0; d < kFewDims; ++d) {
+      add_to_box(found.box, d, d < dims ? density.points.data[point * dims + d] : C{0});
+    }
+    const C scale = density.scale[point];
+    // Of an infinite weight, a term of profile 0 is a NaN.
+    vanishes = vanishes && scale >= 0 && density.weight[point] - density.weight[point] == 0;
+    found.scale = math::minimum(found.scale, scale);
+  }
+  join_lanes(found.box);
+  for (int flip = kWarpSize / 2; flip > 0; flip /= 2) {
+    found.scale = math::minimum(found.scale, shuffle_xor(found.scale, flip));
+  }
+  if (!all(vanishes)) found.scale = -1;
+  if (lane == 0) density.boxes[tile] = found;
+}
+
 // A block has kQueries queries, which may be of several clouds, and every gridDim.y-th tile of
 // points of each. A tile's terms are added up in C, and tiles in double.
 template <DensityKernel kernel, class C>
-__global__ void __launch_bounds__(kThreads) density_scan(Density<C> density) {
-  constexpr int kPiece = 4;  // points
+__global__ void __launch_bounds__(kThreads, 4) density_scan(Density<C> density) {
+  constexpr int kPiece = 16 / sizeof(C);  // points
   // Those of the tile under way, and of the one before, which others may still read.
   __shared__ SharedArray<C, 2 * kFewDims * kTilePoints> coordinates;
   __shared__ SharedArray<C, 2 * kTilePoints> scales;
   __shared__ SharedArray<C, 2 * kTilePoints> weights;
+  __shared__ SharedArray<Box<C>, kWarps> query_boxes;
+  // Of kThreads tiles: which are near, and of each the warps that it is near to.
+  __shared__ SharedArray<uint32_t, kWarps> near_tiles;
+  __shared__ SharedArray<uint32_t, kThreads> near_warps;
   const int thread = threadIdx.x;
+  const int warp = thread / kWarpSize;
   const int64_t dims = density.queries.dims;
+  const C reach = math::density_reach<C>(kernel);
   const Clouds& of_queries = density.of_queries;
   const int64_t block_begin = int64_t{blockIdx.x} * kQueries;
   const int64_t block_end =
       of_queries.rows < block_begin + kQueries ? of_queries.rows : block_begin + kQueries;
-  // A warp has neighbours, so that it need not look at the clouds of others.
-  const int64_t warp_begin = block_begin + thread / kWarpSize * kWarpSize * kQueriesEach;
-  const auto row = [&](int i) { return warp_begin + i * kWarpSize + thread % kWarpSize; };
+  // A warp has neighbours, so that it need not look at what is far from them.
+  const int64_t warp_begin = block_begin + warp * kWarpQueries;
+  const auto place = [&](int i) { return warp_begin + i * kWarpSize + thread % kWarpSize; };
 
   C query[kQueriesEach][kFewDims] = {};
   double sums[kQueriesEach] = {};
+  Box<C> box = empty_box<C>();
 #pragma unroll
   for (int i = 0; i < kQueriesEach; ++i) {
+    if (place(i) >= block_end) continue;
+    const int64_t row = density.query_at(place(i));
 #pragma unroll
     for (int d = 0; d < kFewDims; ++d) {
-      if (row(i) < block_end && d < dims) {
-        query[i][d] = density.queries.data[row(i) * dims + d];
-      }
+      if (d < dims) query[i][d] = density.queries.data[row * dims + d];
+      add_to_box(box, d, query[i][d]);
     }
+  }
+  if (density.boxes != nullptr) {
+    join_lanes(box);
+    if (thread % kWarpSize == 0) query_boxes[warp] = box;
   }
 
   int current = 0;
-  for (int64_t cloud = of_queries.first_beyond(block_begin); cloud < of_queries.count; ++cloud) {
-    const Range own = of_queries[cloud];
-    if (own.begin >= block_end) break;
-    if (own.begin >= own.end) continue;
-    const Range points = density.of_points[cloud];
-    const bool warp_has_some =
-        own.begin < warp_begin + kWarpSize * kQueriesEach && own.end > warp_begin;
-    for (int64_t first = points.begin + int64_t{blockIdx.y} * kTilePoints; first < points.end;
-         first += int64_t{gridDim.y} * kTilePoints) {
-      if (thread < kTilePoints) {
-        // Beyond the last point it stands again, without weight: a term of no other value.
-        const bool exists = first + thread < points.end;
-        const int64_t point = exists ? first + thread : points.end - 1;
-#pragma unroll
-        for (int d = 0; d < kFewDims; ++d) {
-          coordinates[(current * kFewDims + d) * kTilePoints + thread] =
-              d < dims ? density.points.data[point * dims + d] : C{0};
-        }
-        scales[current * kTilePoints + thread] = density.scale[point];
-        weights[current * kTilePoints + thread] = exists ? density.weight[point] : C{0};
-      }
+  for (int64_t cloud = of_queries.last_from(block_begin); cloud < of_queries.count; ++cloud) {
+    if (cloud < 0 || of_queries.end(cloud) <= block_begin) continue;
+    const int64_t own_begin = of_queries.begin(cloud), own_end = of_queries.end(cloud);
+    if (own_begin >= block_end) break;
+    const int64_t begin = density.of_points.begin(cloud), end = density.of_points.end(cloud);
+    const bool warp_has_some = own_begin < warp_begin + kWarpQueries && own_end > warp_begin;
+    const int64_t tiles = (end - begin + kTilePoints - 1) / kTilePoints;
+    for (int64_t base = blockIdx.y; base < tiles; base += int64_t{gridDim.y} * kThreads) {
+      const int64_t own_tile = base + int64_t{gridDim.y} * thread;
       sync_block();
-      if (warp_has_some) {
-        C tile_sums[kQueriesEach] = {};
-        const int left = tile_left(points.end, first, kTilePoints);
-#pragma unroll 1
-        for (int p = 0; p < left; p += kPiece) {
-          Vector<C, kPiece> point[kFewDims];
+      uint32_t near = own_tile < tiles ? (1u << kWarps) - 1 : 0;
+      if (near != 0 && density.boxes != nullptr) {
+        const TileBox<C> tile = density.boxes[density.first_tile(cloud) + own_tile];
+        for (int w = 0; w < kWarps; ++w) {
+          const Box<C> queries = query_boxes[w];
+          if (tile.scale * least_distance(queries, tile.box) > reach) near &= ~(1u << w);
+        }
+      }
+      near_warps[thread] = near;
+      const uint32_t some = ballot(near != 0);
+      if (thread % kWarpSize == 0) near_tiles[warp] = some;
+      sync_block();
+
+      for (int word = 0; word < kWarps; ++word) {
+        for (uint32_t rest = near_tiles[word]; rest != 0; rest &= rest - 1) {
+          const int turn = word * kWarpSize + lowest_bit(rest);
+          const int64_t first = begin + (base + int64_t{gridDim.y} * turn) * kTilePoints;
+          if (thread < kTilePoints) {
+            // Beyond the last point it stands again, without weight: a term of no other value.
+            const bool exists = first + thread < end;
+            const int64_t point = density.point_at(exists ? first + thread : end - 1);
 #pragma unroll
-          for (int d = 0; d < kFewDims; ++d) {
-            point[d] =
-                coordinates.template load<kPiece>((current * kFewDims + d) * kTilePoints + p);
+            for (int d = 0; d < kFewDims; ++d) {
+              coordinates[(current * kFewDims + d) * kTilePoints + thread] =
+                  d < dims ? density.points.data[point * dims + d] : C{0};
+            }
+            scales[current * kTilePoints + thread] = density.scale[point];
+            weights[current * kTilePoints + thread] = exists ? density.weight[point] : C{0};
           }
-          const auto scale = scales.template load<kPiece>(current * kTilePoints + p);
-          const auto weight = weights.template load<kPiece>(current * kTilePoints + p);
+          sync_block();
+          if (warp_has_some && (near_warps[turn] >> warp & 1) != 0) {
+            C tile_sums[kQueriesEach] = {};
+            const int left = tile_left(end, first, kTilePoints);
+#pragma unroll 1
+            for (int p = 0; p < left; p += kPiece) {
+              Vector<C, kPiece> point[kFewDims];
 #pragma unroll
-          for (int i = 0; i < kQueriesEach; ++i) {
+              for (int d = 0; d < kFewDims; ++d) {
+                point[d] =
+                    coordinates.template load<kPiece>((current * kFewDims + d) * kTilePoints + p);
+              }
+              const auto scale = scales.template load<kPiece>(current * kTilePoints + p);
+              const auto weight = weights.template load<kPiece>(current * kTilePoints + p);
 #pragma unroll
-            for (int j = 0; j < kPiece; ++j) {
-              C distance = square(query[i][0] - point[0][j]);
+              for (int i = 0; i < kQueriesEach; ++i) {
 #pragma unroll
-              for (int d = 1; d < kFewDims; ++d) distance += square(query[i][d] - point[d][j]);
-              tile_sums[i] =
-                  fused_multiply_add(weight[j], profile<kernel>(scale[j] * distance), tile_sums[i]);
+                for (int j = 0; j < kPiece; ++j) {
+                  C distance = square(query[i][0] - point[0][j]);
+#pragma unroll
+                  for (int d = 1; d < kFewDims; ++d) distance += square(query[i][d] - point[d][j]);
+                  tile_sums[i] = fused_multiply_add(weight[j], profile<kernel>(scale[j] * distance),
+                                                    tile_sums[i]);
+                }
+              }
+            }
+#pragma unroll
+            for (int i = 0; i < kQueriesEach; ++i) {
+              if (place(i) >= own_begin && place(i) < own_end) sums[i] += tile_sums[i];
             }
           }
-        }
-#pragma unroll
-        for (int i = 0; i < kQueriesEach; ++i) {
-          if (row(i) >= own.begin && row(i) < own.end) sums[i] += tile_sums[i];
+          current ^= 1;
         }
       }
-      current ^= 1;
     }
   }
 
 #pragma unroll
   for (int i = 0; i < kQueriesEach; ++i) {
-    if (row(i) >= block_end) continue;
-    density.parts[blockIdx.y * of_queries.rows + row(i)] = static_cast<C>(sums[i]);
+    if (place(i) >= block_end) continue;
+    density.parts[blockIdx.y * of_queries.rows + density.query_at(place(i))] =
+        static_cast<C>(sums[i]);
   }
 }
 
@@ -206,14 +311,14 @@ __global__ void __launch_bounds__(kTileThreads, DistanceScheme<C>::kBlocksEach)
   TileProduct<Scheme, C> product(slabs);
   double sums[Scheme::kRowsEach] = {};
   int current = 0;
-  for (int64_t cloud = of_queries.first_beyond(first_row); cloud < of_queries.count; ++cloud) {
-    const Range own = of_queries[cloud];
-    if (own.begin >= first_row + Scheme::kRows) break;
-    if (own.begin >= own.end) continue;
-    const Range points = density.of_points[cloud];
-    for (int64_t first = points.begin + int64_t{blockIdx.y} * kTileColumns; first < points.end;
-         first += int64_t{gridDim.y} * kTileColumns) {
-      const int left = tile_left(points.end, first, kTileColumns);
+  for (int64_t cloud = of_queries.last_from(first_row); cloud < of_queries.count; ++cloud) {
+    if (cloud < 0 || of_queries.end(cloud) <= first_row) continue;
+    const int64_t own_begin = of_queries.begin(cloud), own_end = of_queries.end(cloud);
+    if (own_begin >= first_row + Scheme::kRows) break;
+    const int64_t end = density.of_points.end(cloud);
+    for (int64_t first = density.of_points.begin(cloud) + int64_t{blockIdx.y} * kTileColumns;
+         first < end; first += int64_t{gridDim.y} * kTileColumns) {
+      const int left = tile_left(end, first, kTileColumns);
       if (thread < kTileColumns) {
         scales[current + thread] = thread < left ? density.scale[first + thread] : C{0};
         weights[current + thread] = thread < left ? density.weight[first + thread] : C{0};
@@ -232,7 +337,7 @@ __global__ void __launch_bounds__(kTileThreads, DistanceScheme<C>::kBlocksEach)
           const C u = scales[current + column] * distances(i, j);
           sum = fused_multiply_add(weights[current + column], profile<kernel>(u), sum);
         }
-        if (row >= own.begin && row < own.end) sums[i] += sum;
+        if (row >= own_begin && row < own_end) sums[i] += sum;
       }
       current ^= kTileColumns;
     }
@@ -282,9 +387,6 @@ void sum_profiles(const Tensor& queries, const Tensor& points, const Tensor& sca
   const auto data = [](const Tensor& tensor) {
     return static_cast<const C*>(tensor.const_data_ptr());
   };
-  const auto clouds = [](const Tensor& ranges, int64_t rows) {
-    return Clouds{static_cast<const int64_t*>(ranges.const_data_ptr()), ranges.size(0), rows};
-  };
   const int64_t rows = queries.size(0);
   const bool wide = queries.size(1) > kFewDims;
   const unsigned row_blocks = blocks_for(rows, wide ? DistanceScheme<C>::kRows : int64_t{kQueries});
@@ -294,15 +396,33 @@ void sum_profiles(const Tensor& queries, const Tensor& points, const Tensor& sca
   const unsigned shares =
       std::clamp((wanted + row_blocks - 1) / row_blocks, 1u, std::max(tiles, 1u));
   const Tensor parts = shares == 1 ? out : empty(out, {shares, rows}, out.scalar_type());
-  const Density<C> density{rows_of<C>(queries),
-                           rows_of<C>(points),
-                           clouds(ranges1, rows),
-                           clouds(ranges2, points.size(0)),
-                           data(scale),
-                           data(weight),
-                           static_cast<C*>(parts.mutable_data_ptr())};
-
   const Stream stream(out);
+  Density<C> density{rows_of<C>(queries),
+                     rows_of<C>(points),
+                     clouds_of(ranges1, rows),
+                     clouds_of(ranges2, points.size(0)),
+                     data(scale),
+                     data(weight),
+                     nullptr,
+                     nullptr,
+                     nullptr,
+                     static_cast<C*>(parts.mutable_data_ptr())};
+  // Beside so many pairs, putting them in order costs little even where all of them count.
+  Tensor query_order, point_order, boxes;
+  if (!wide && int64_t{2} * row_blocks * tiles >= int64_t{kManyBlocks} * kManyBlocks) {
+    const int64_t box_count = points.size(0) / kTilePoints + density.of_points.count;
+    const bool same = queries.const_data_ptr() == points.const_data_ptr() &&
+                      ranges1.const_data_ptr() == ranges2.const_data_ptr();
+    point_order = morton_order<C>(stream, points, density.of_points, longest);
+    query_order =
+        same ? point_order : morton_order<C>(stream, queries, density.of_queries, longest);
+    boxes = empty(out, {box_count, static_cast<int64_t>(sizeof(TileBox<C>))}, ScalarType::Byte);
+    density.point_order = static_cast<const int64_t*>(point_order.const_data_ptr());
+    density.query_order = static_cast<const int64_t*>(query_order.const_data_ptr());
+    density.boxes = static_cast<TileBox<C>*>(boxes.mutable_data_ptr());
+    stream.launch("density_boxes", density_boxes<C>, blocks_for(box_count, kWarps), kThreads,
+                  density, box_count);
+  }
   dispatch_kernel(kernel_name, [&](auto kernel) {
     const dim3 grid(row_blocks, shares);
     if (wide) {

@@ -26,16 +26,18 @@ constexpr int kPart = kEach * kWarpSize;
 static_assert(kPart <= kMostAppended);
 constexpr int64_t kMostNeighbours = 1024;
 
-// Clouds of more points are searched by a tree, which takes a sort to build.
+// Larger clouds are searched by a tree, and so are smaller ones of more than a few points where the
+// pairs are so many that they take longer than the sort that builds a tree.
 #if defined(FASTZOO_EMULATE)
 constexpr int64_t kMostByTiles = 64;
 #else
 constexpr int64_t kMostByTiles = 8192;
 #endif
+constexpr int64_t kFewPoints = 1024;
+constexpr int64_t kManyPairs = int64_t{1} << 28;
 
-// How many candidates wait in a short list before they lower the limit of a search by a tree, which
-// prunes by it.
-constexpr int kTreeWaiting = 8;
+// How many candidates may wait in a short list of a search by a tree, which prunes by the limit.
+constexpr int kTreeWaiting = 15;
 
 // kDims is kFewDims, whose missing ones are zeros and whose norm is two, or 0 for any.
 template <class C>
@@ -269,7 +271,7 @@ struct Walk {
   const PointTree<C>& tree;
   Memory& memory;
   List& list;
-  int64_t cloud;
+  CloudGroups cloud;
   C query[kAxes];
   int waiting;  // at most, in the list
 
@@ -301,7 +303,7 @@ struct Walk {
   template <int level>
   FASTZOO_DEVICE void visit(int64_t within) {
     const int lane = threadIdx.x % kWarpSize;
-    const int64_t group = tree.first_group(cloud, level) + within;
+    const int64_t group = cloud.first(level) + within;
     const bool two = kDims > 0 || search.norm == Norm::two;
     if constexpr (level == 0) {
       const int32_t index = tree.indices[group * kWarpSize + lane];
@@ -314,7 +316,7 @@ struct Walk {
           two ? box_distance<Norm::two>(group, level) : box_distance<Norm::one>(group, level);
       // A distance that is not known may be any.
       DistanceBits<C> nearest = math::is_nan(distance) ? 0 : math::distance_bits(distance);
-      if (within * kWarpSize + lane >= tree.group_count(cloud, level - 1)) nearest = kNoBits<C>;
+      if (within * kWarpSize + lane >= cloud.count(level - 1)) nearest = kNoBits<C>;
       for (;;) {
         const DistanceBits<C> least = warp_least(nearest);
         if (least == kNoBits<C> || least > search.farthest(list.limit)) return;
@@ -336,20 +338,20 @@ __global__ void __launch_bounds__(List::kWarps* kWarpSize, List::kBlocks)
   const int64_t turn = int64_t{blockIdx.x} * List::kWarps + warp;
   if (turn >= search.from.rows) return;
   const int64_t row = order == nullptr ? turn : order[turn];
-  const int64_t cloud = search.from.of_row(row);
+  const CloudGroups cloud = tree.of_cloud(search.from.of_row(row));
 
   List list;
   list.start(search.k, search.limit(), warp * List::kKeys);
   Walk<C, kDims, List, Memory> walk{search, tree, memory, list, cloud};
-  walk.waiting = list.room() < kWarpSize ? kTreeWaiting - 1 : list.room();
+  walk.waiting = list.room() < kWarpSize ? kTreeWaiting : list.room();
 #pragma unroll
   for (int d = 0; d < walk.kAxes; ++d) {
     walk.query[d] = d < search.dims ? search.queries[row * search.dims + d] : C{0};
   }
-  const int64_t groups = cloud < 0 ? 0 : tree.group_count(cloud, kTreeTop);
+  const int64_t groups = cloud.count(kTreeTop);
   for (int64_t group = 0; group < groups; ++group) walk.template visit<kTreeTop>(group);
   list.settle(memory, 0);
-  search.put(row, cloud < 0 ? 0 : search.among.begin(cloud), list, memory);
+  search.put(row, cloud.begin, list, memory);
 }
 
 template <class C, int kDims, class List>
@@ -426,7 +428,9 @@ std::tuple<Tensor, Tensor> neighbour_search(const Tensor& p1, const Tensor& p2,
                            radius_key<C>(form, radius),
                            static_cast<C*>(dists.mutable_data_ptr()),
                            static_cast<int64_t*>(indices.mutable_data_ptr())};
-    if (longest <= kMostByTiles || dims > kTreeDims || points.size(0) == 0) {
+    const bool large =
+        longest > kMostByTiles || (longest > kFewPoints && longest > kManyPairs / rows);
+    if (!large || dims > kTreeDims || points.size(0) == 0) {
       return launch_search<C>(stream, search, nullptr, nullptr);
     }
     const PointTreeMemory<C> memory = build_tree<C>(stream, points, search.among, longest);

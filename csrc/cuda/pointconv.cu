@@ -27,7 +27,7 @@ namespace {
 using math::NetLayout;
 using math::round_up;
 
-constexpr int64_t kChunkCentres = kManyBlocks * 64;
+constexpr int64_t kChunkCentres = kManyBlocks * 64;  // a large tile of them for each unit
 
 // ---- weights ------------------------------------------------------------------------------------
 
@@ -550,6 +550,8 @@ void launch_fused(const Stream& stream, const PointConv<T>& conv) {
       kFusedThreads<centres>, conv);
 }
 
+// Every tile of centres reads the linear map once, so tiles are large where there are enough of
+// them for all units.
 template <class T>
 void launch_sums(const Stream& stream, const PointConv<T>& conv, bool has_linear) {
   constexpr int kMany = 128, kFew = 32;

@@ -215,27 +215,23 @@ __global__ void __launch_bounds__(kWideBlock, 1)
   __shared__ FirstKeys<C, kWideBlock> firsts;
   __shared__ SharedArray<int, 2> listed;
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
-  const int64_t cloud = blockIdx.x;
-  const int64_t size = task.clouds.size(cloud);
-  if (!task.takes(size)) return;
-  const int64_t begin = task.clouds.begin(cloud);
-  const int64_t first_points = tree.first_group(cloud, 0);
-  const int64_t first_blocks = tree.first_group(cloud, 1);
-  const int64_t first_tops = tree.first_group(cloud, 2);
-  const int64_t points = tree.group_count(cloud, 0);
-  const int64_t blocks = tree.group_count(cloud, 1);
+  const CloudGroups cloud = tree.of_cloud(blockIdx.x);
+  if (!task.takes(cloud.size)) return;
+  const int64_t first_points = cloud.first(0), points = cloud.count(0);
+  const int64_t first_blocks = cloud.first(1), blocks = cloud.count(1);
+  const int64_t first_tops = cloud.first(2);
   int32_t* const listed_points = groups.listed_points + first_points;
   int32_t* const listed_blocks = groups.listed_blocks + first_blocks;
   Key* const far_points = groups.points + first_points;
   Key* const far_blocks = groups.blocks + first_blocks;
   bool fresh = true;  // nothing is known of any group
 
-  take_farthest(task, cloud, firsts, [&](int64_t chosen) {
-    const int64_t place = tree.places[begin + chosen];
+  take_farthest(task, cloud.cloud, firsts, [&](int64_t chosen) {
+    const int64_t place = tree.places[cloud.begin + chosen];
     C latest[kAxes];
 #pragma unroll
     for (int d = 0; d < kAxes; ++d) {
-      latest[d] = d < task.dims ? task.points[(begin + chosen) * task.dims + d] : C{0};
+      latest[d] = d < task.dims ? task.points[(cloud.begin + chosen) * task.dims + d] : C{0};
     }
     const auto sum = [&](const auto& term) {
       C total = 0;
@@ -245,13 +241,14 @@ __global__ void __launch_bounds__(kWideBlock, 1)
       }
       return total;
     };
-    // That a point of the box may come nearer. A distance that is not known may be any.
+    // That a point of the box may come nearer. NaN is of coordinates that are infinite or NaN
+    // themselves, from which none is at a finite distance.
     const auto touches = [&](int64_t group, int level, int64_t member, Key farthest) {
       const C distance = sum([&](int d) {
         const C* bounds = tree.bounds(group, level, d) + member;
         return math::box_distance_term<Norm::two>(latest[d], bounds[0], bounds[kWarpSize]);
       });
-      return !(distance >= distance_of<C>(farthest));
+      return distance < distance_of<C>(farthest);
     };
 
     if (thread < 2) listed[thread] = 0;

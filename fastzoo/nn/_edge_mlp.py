@@ -28,10 +28,13 @@ from fastzoo.nn._batch_norm import (
     uses_batch,
     weight_and_bias,
 )
+from fastzoo.ops.pointconv import _NEIGHBOUR_REDUCE_BACKWARD
 from fastzoo.reference.precision import compute_dtype
 
 # Numbers that the edges of one part have in their widest layer, where edges are computed again.
-_PART = 1 << 21
+_PART = 1 << 19
+# Channels whose sums are made in double at a time.
+_BLOCK = 16
 
 
 Finish = Callable[[Tensor, slice], Tensor]
@@ -71,24 +74,81 @@ def relative_layer(
 def moments_of_sums(points: Tensor, centres: Tensor, neighbours: Tensor) -> Moments:
     """Mean and variance of ``points[j] + centres[s]`` over the edges, of which none is made."""
     valid = neighbours >= 0
-    edges = valid.sum(-1, keepdim=True).double()
     first = torch.arange(len(neighbours), device=neighbours.device) * points.shape[1]
     rows = neighbours.clamp(min=0) + first[:, None, None]
-    degree = torch.zeros(points.shape[:2].numel(), dtype=torch.int64, device=points.device)
-    degree.scatter_add_(0, rows.flatten(), valid.flatten().long())
-    uses = degree.view(*points.shape[:2], 1).double()
-    count = edges.sum()
-    total = count.clamp(min=1)
-    points, centres = points.double(), centres.double()
-    point_mean = (uses * points).sum((0, 1)) / total
-    centre_mean = (edges * centres).sum((0, 1)) / total
-    # Each about its own mean, in double: the two nearly cancel where neighbourhoods are small.
-    points, centres = points - point_mean, centres - centre_mean
-    sums = ops.neighbour_reduce(points, neighbours, reduce="sum")
-    squares = (uses * points.square()).sum((0, 1)) + (centres * (edges * centres + 2 * sums)).sum(
-        (0, 1)
+    uses = torch.zeros(points.shape[:2].numel(), dtype=torch.int64, device=points.device)
+    uses.scatter_add_(0, rows.flatten(), valid.flatten().long())
+    number = valid.sum(dtype=torch.float64)
+    mean, variance = _SumMoments.apply(  # type: ignore[no-untyped-call]
+        points,
+        centres,
+        neighbours,
+        uses.view(*points.shape[:2], 1),
+        valid.sum(-1, keepdim=True),
+        number.clamp(min=1),
     )
-    return Moments(point_mean + centre_mean, (squares / total).clamp(min=0), count)
+    return Moments(mean, variance, number)
+
+
+class _SumMoments(torch.autograd.Function):
+    """Points ``[B, N, C]``, of which each is used by some edges, and centres ``[B, S, C]``, each
+    with some edges: both numbers ``[..., 1]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        points: Tensor,
+        centres: Tensor,
+        neighbours: Tensor,
+        uses: Tensor,
+        edges: Tensor,
+        number: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(points, centres, neighbours, uses, edges, number)
+        found = [
+            _sum_moments(u.double(), v.double(), neighbours, uses, edges, number)
+            for u, v in zip(points.split(_BLOCK, 2), centres.split(_BLOCK, 2), strict=True)
+        ]
+        mean, variance = (
+            torch.cat(parts).to(compute_dtype(points)) for parts in zip(*found, strict=True)
+        )
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_variance: Tensor) -> tuple[Tensor | None, ...]:
+        points, centres, neighbours, uses, edges, number = ctx.saved_tensors
+        dtype = compute_dtype(points)
+        share = (1 / number).to(dtype)
+        own_points, own_centres = points.to(dtype), centres.to(dtype)
+        own_points = own_points - (uses * own_points).sum((0, 1)) * share
+        own_centres = own_centres - (edges * own_centres).sum((0, 1)) * share
+        # What lies at the other ends of a point's edges, and of a centre's.
+        none = points.new_empty(0, dtype=dtype)
+        backward = _NEIGHBOUR_REDUCE_BACKWARD.choose(None, points.device.type)
+        winner = neighbours.new_empty(0, dtype=torch.int32)
+        at_points, _ = backward(own_centres, own_points, neighbours, none, winner, "sum")
+        at_centres = ops.neighbour_reduce(own_points, neighbours)
+        grad_mean, twice = grad_mean * share, 2 * grad_variance * share
+        to_points = uses * (grad_mean + twice * own_points) + twice * at_points
+        to_centres = edges * (grad_mean + twice * own_centres) + twice * at_centres
+        return to_points.to(points.dtype), to_centres.to(centres.dtype), *(None,) * 4
+
+
+def _sum_moments(
+    points: Tensor,
+    centres: Tensor,
+    neighbours: Tensor,
+    uses: Tensor,
+    edges: Tensor,
+    number: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Each about its own mean, in double: where neighbourhoods are small the two nearly cancel."""
+    point_mean = (uses * points).sum((0, 1)) / number
+    centre_mean = (edges * centres).sum((0, 1)) / number
+    points, centres = points - point_mean, centres - centre_mean
+    crossed = 2 * ops.neighbour_reduce(points, neighbours) + edges * centres
+    squares = (uses * points.square()).sum((0, 1)) + (centres * crossed).sum((0, 1))
+    return point_mean + centre_mean, (squares / number).clamp(min=0)
 
 
 def normalised_sums(
@@ -97,9 +157,7 @@ def normalised_sums(
     """``points`` and ``centres`` whose sums at the edges are those of the given, normalised."""
     batch = None
     if uses_batch(norm):
-        mean, variance, number = moments_of_sums(points, centres, neighbours)
-        dtype = compute_dtype(points)
-        batch = Moments(mean.to(dtype), variance.to(dtype), number)
+        batch = moments_of_sums(points, centres, neighbours)
     scale, shift = scale_and_shift(norm, batch)
     return (points * scale).to(points.dtype), (centres * scale + shift).to(centres.dtype)
 
@@ -140,15 +198,17 @@ def over_edges(
         return finish(z, every)
 
     batch, number, k = neighbours.shape
-    step = max(1, _PART // max(1, batch * k * max(norm.num_features for _, norm in network)))
+    # Each part's gradient is as large as the points', so the parts are not many times smaller.
+    size = max(_PART, 2 * points.numel())
+    step = max(1, size // max(1, batch * k * max(norm.num_features for _, norm in network)))
     parts = [slice(start, start + step) for start in range(0, max(1, number), step)]
     layers: tuple[Layer, ...] = ()
     for conv, norm in network[1:]:
         found = None
         if uses_batch(norm):
-            found = together([Moments(*_again(edges.moments, part, layers)) for part in parts])
+            found = together([Moments(*again(edges.moments, part, layers)) for part in parts])
         layers += (fold(conv, norm, found),)
-    return torch.cat([_again(edges.finished, finish, part, layers) for part in parts], 1)
+    return torch.cat([again(edges.finished, finish, part, layers) for part in parts], 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +237,7 @@ class _Edges:
         return finish(self.at(part, layers), part)
 
 
-def _again(call: Callable[..., Any], *args: Any) -> Any:
+def again(call: Callable[..., Any], *args: Any) -> Any:
     """The call, which keeps nothing for its gradient but what it was given."""
     return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
 

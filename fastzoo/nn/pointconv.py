@@ -19,7 +19,7 @@ from fastzoo.nn._batch_norm import (
     uses_batch,
     weight_and_bias,
 )
-from fastzoo.nn._edge_mlp import over_edges, relative_layer
+from fastzoo.nn._edge_mlp import again, linear, over_edges, relative_layer
 from fastzoo.nn.set_abstraction import _Abstraction, interpolate
 from fastzoo.ops._checks import check_choice, check_floating, check_tensor
 from fastzoo.reference.density import scale_and_volume
@@ -109,22 +109,22 @@ class DensityNet(nn.Module):
             return ops.group_points(x, neighbours)[..., 0]
 
     def _of_edges(self, scale: Tensor, neighbours: Tensor) -> Tensor:
-        """The layers of a number for each edge, as a convolution over points on a line, each with
-        itself alone as its neighbour: its activations are not kept."""
+        """The layers of a number for each edge, whose activations a gradient computes again; their
+        moments are those of points on a line, each with itself alone as its neighbour."""
         own = torch.arange(scale.numel(), device=scale.device).view(neighbours.shape)
         lists = torch.where(neighbours < 0, -1, own).view(1, -1, 1)
         line = scale.reshape(1, -1, 1)
         origin = torch.zeros_like(line)
         net = _folded(stages(self.mlp_convs[:-1], self.mlp_bns), line, origin, lists)
-        x = ops.pointconv(
-            line,
-            torch.ones_like(line),
-            origin,
-            lists,
-            net,
-            linear=weight_and_bias(self.mlp_convs[-1]),
-        )
-        return torch.sigmoid(x).view(scale.shape)
+        last = weight_and_bias(self.mlp_convs[-1])
+        factors: Tensor = again(_sigmoid_of_layers, line, *net, last)
+        return factors.view(scale.shape)
+
+
+def _sigmoid_of_layers(x: Tensor, *layers: Layer) -> Tensor:
+    for layer in layers[:-1]:
+        x = F.relu_(linear(x, layer))
+    return torch.sigmoid(linear(x, layers[-1]))
 
 
 class PointConv(nn.Module):

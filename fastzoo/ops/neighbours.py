@@ -15,7 +15,7 @@ from fastzoo.ops._checks import (
 )
 from fastzoo.ops._operator import Operator
 from fastzoo.ops.pointconv import group_points
-from fastzoo.reference.neighbours import KNN, ball_with, knn_with
+from fastzoo.reference.neighbours import KNN, ball_with, distances_of, knn_with
 from fastzoo.reference.precision import compute_dtype
 
 
@@ -119,8 +119,8 @@ def knn_points(
     Returns:
         ``KNN(dists, idx, knn)``: ``dists [..., K]`` in float32 (float64), int64 ``idx [..., K]``,
         and ``knn [..., K, D]`` or None. Of padded clouds ``idx`` counts within the cloud, and
-        where there are fewer than K points both are 0, as in pytorch3d (-1 with ``radius``); of
-        packed ones it is the row of ``p2``, or -1. Rows beyond ``lengths1`` are padding.
+        where there are fewer than K points all are 0, as in pytorch3d (``idx`` -1 with ``radius``);
+        of packed ones it is the row of ``p2``, or -1. Rows beyond ``lengths1`` are padding.
 
     Gradient: ``dists`` and ``knn`` to both clouds, of any order; ``idx`` has none. Forward-mode
     derivatives raise. Deterministic. Under autocast it computes in float32.
@@ -136,21 +136,22 @@ def knn_points(
         raise ValueError(f"norm: expected 1 or 2, got {norm!r}")
     if radius is not None:
         _check_radius(radius)
-    found = knn_with(
+    return knn_with(
         _NEIGHBOUR_SEARCH.choose(backend, p1.device.type),
+        _gather,
         p1,
         p2,
         lengths1,
         lengths2,
         norm,
         K,
+        return_nn=return_nn,
         radius=radius,
         ptr1=ptr1,
         ptr2=ptr2,
         batch1=batch1,
         batch2=batch2,
     )
-    return KNN(found.dists, found.idx, _gather(p2, found.idx)) if return_nn else found
 
 
 def ball_query(
@@ -192,21 +193,21 @@ def ball_query(
     """
     _check_search(p1, p2, lengths1, lengths2, ptr1, ptr2, batch1, batch2, K)
     _check_radius(radius)
-    found = ball_with(
+    return ball_with(
         _NEIGHBOUR_SEARCH.choose(backend, p1.device.type),
+        _gather,
         p1,
         p2,
         lengths1,
         lengths2,
         K,
         radius,
-        return_nn=False,
+        return_nn,
         ptr1=ptr1,
         ptr2=ptr2,
         batch1=batch1,
         batch2=batch2,
     )
-    return KNN(found.dists, found.idx, _gather(p2, found.idx)) if return_nn else found
 
 
 def knn_gather(x: Tensor, idx: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -242,10 +243,14 @@ def three_nn(
     Returns:
         ``(dist, idx)``, both ``[B, N, 3]``: distances, not squared, and int64 indices.
 
+    Gradient: ``dist`` to both, that of a point that coincides with a known one 0.
+
     Source: PointNet++'s ``three_nn``.
     """
     found = knn_points(unknown, known, K=3, backend=backend)
-    return found.dists.sqrt(), found.idx
+    if known.shape[-2] < 3:
+        raise ValueError(f"known: expected at least 3 points, got {known.shape[-2]}")
+    return distances_of(found.dists), found.idx
 
 
 def _gather(points: Tensor, idx: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from fastzoo.reference.clouds import Clouds, as_clouds, clouds_of, first_rows, r
 from fastzoo.reference.precision import compute_dtype
 
 Search = Callable[..., tuple[Tensor, Tensor]]
+Gather = Callable[[Tensor, Tensor], Tensor]
 
 
 def distance_matrix(p1: Tensor, p2: Tensor, norm: int = 2) -> Tensor:
@@ -110,11 +111,12 @@ class KNN(NamedTuple):
 
 def knn_points(p1: Tensor, p2: Tensor, *args: Any, **kwargs: Any) -> KNN:
     """See :func:`fastzoo.ops.knn_points`."""
-    return knn_with(neighbour_search, p1, p2, *args, **kwargs)
+    return knn_with(neighbour_search, rows_at, p1, p2, *args, **kwargs)
 
 
 def knn_with(
     search: Search,
+    gather: Gather,
     p1: Tensor,
     p2: Tensor,
     lengths1: Tensor | None = None,
@@ -131,24 +133,25 @@ def knn_with(
     batch1: Tensor | None = None,
     batch2: Tensor | None = None,
 ) -> KNN:
-    """``knn_points`` by any search."""
+    """``knn_points`` by any kernels."""
     clouds1, clouds2 = _both(p1, p2, lengths1, lengths2, ptr1, ptr2, batch1, batch2)
     distance = math.inf if radius is None else radius
     dists, idx = _search(search, clouds1, clouds2, K, distance, "nearest", norm)
-    # pytorch3d's padding: the first point at distance 0.
+    points = gather(p2, idx) if return_nn else None
     full = lengths2 is None and clouds2.longest >= K
     if p1.dim() == 3 and radius is None and not full:
-        idx = idx.clamp(min=0)
-    return KNN(dists, idx, rows_at(p2, idx) if return_nn else None)
+        idx = idx.clamp(min=0)  # pytorch3d's padding
+    return KNN(dists, idx, points)
 
 
 def ball_query(p1: Tensor, p2: Tensor, *args: Any, **kwargs: Any) -> KNN:
     """See :func:`fastzoo.ops.ball_query`."""
-    return ball_with(neighbour_search, p1, p2, *args, **kwargs)
+    return ball_with(neighbour_search, rows_at, p1, p2, *args, **kwargs)
 
 
 def ball_with(
     search: Search,
+    gather: Gather,
     p1: Tensor,
     p2: Tensor,
     lengths1: Tensor | None = None,
@@ -163,10 +166,10 @@ def ball_with(
     batch1: Tensor | None = None,
     batch2: Tensor | None = None,
 ) -> KNN:
-    """``ball_query`` by any search."""
+    """``ball_query`` by any kernels."""
     clouds1, clouds2 = _both(p1, p2, lengths1, lengths2, ptr1, ptr2, batch1, batch2)
     dists, idx = _search(search, clouds1, clouds2, K, radius, "first", 2)
-    return KNN(dists, idx, rows_at(p2, idx) if return_nn else None)
+    return KNN(dists, idx, gather(p2, idx) if return_nn else None)
 
 
 def _both(
@@ -220,3 +223,9 @@ def knn_gather(x: Tensor, idx: Tensor, lengths: Tensor | None = None) -> Tensor:
         beyond = torch.arange(idx.shape[2], device=x.device) >= lengths[:, None, None]
         gathered = torch.where(beyond[..., None], 0, gathered)
     return gathered
+
+
+def distances_of(squares: Tensor) -> Tensor:
+    """Square roots, whose gradient at 0 is 0."""
+    apart = squares > 0
+    return torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastzoo.reference.clouds import rows_at
-from fastzoo.reference.neighbours import knn_points
+from fastzoo.reference.neighbours import distances_of, knn_points
 from fastzoo.reference.precision import compute_dtype
 
 WeightNet = Sequence[tuple[Tensor, Tensor]]
@@ -384,7 +384,7 @@ def three_interpolate(features: Tensor, idx: Tensor, weight: Tensor) -> Tensor:
 def three_nn(unknown: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`fastzoo.ops.three_nn`."""
     found = knn_points(unknown, known, K=3)
-    return found.dists.sqrt(), found.idx
+    return distances_of(found.dists), found.idx
 
 
 def edge_features(x: Tensor, idx: Tensor) -> Tensor:

@@ -76,7 +76,9 @@ def test_decisions_are_not_contracted(build: tuple[Path, str]) -> None:
     keep = [body for name, body in ptx if re.search("nms_keep|soft_nms_take|matrix_nms_pass", name)]
     # For double inputs the fast pass asks for fused operations in double, by name.
     exact = [body for name, body in ptx if "vq_finish" in name and "DoublePass" not in name]
+    points = [body for name, body in ptx if re.search("search_t|farthest_|voxel_claim", name)]
     assert len(keep) >= 20
+    assert len(points) == 20 + 11 + 2
     assert len(exact) == 3 * 2
     for body in keep:
         assert "fma.rn" not in body
@@ -85,6 +87,8 @@ def test_decisions_are_not_contracted(build: tuple[Path, str]) -> None:
         assert "fma.rn.f64" not in body
         assert "mul.rn.f64" in body
         assert "sqrt.rn.f64" in body
+    for body in points:
+        assert "fma.rn" not in body
 
 
 def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:

@@ -80,6 +80,17 @@ __global__ void count_all(uint64_t* total, uint64_t* largest, uint64_t* tickets)
   atomic_max(largest, index);
 }
 
+// The first thread of a place to come takes it; each warp's least place goes to `least`.
+__global__ void take_places(uint32_t* places, int* taken, uint32_t* least) {
+  const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
+  const uint32_t before = atomic_compare_exchange(places + index / 2, 0u, index + 1);
+  if (before == 0) atomic_add(taken, 1);
+  const uint32_t lowest = warp_min(1000 - index);
+  if (lowest_bit(ballot(lowest == 1000 - index)) == static_cast<int>(threadIdx.x % kWarpSize)) {
+    least[index / kWarpSize] = lowest;
+  }
+}
+
 __global__ void copy_vectors(const float* in, float* out) {
   __shared__ SharedArray<float, 4 * kThreads> staged;
   const int i = 4 * threadIdx.x;
@@ -203,6 +214,15 @@ void test_correct_kernels() {
     emulator::launch("count_all", count_all, 3, kThreads, &total, &largest, tickets.data());
     CHECK(total == 3 * kThreads && largest == 3 * kThreads - 1);
     for (const uint64_t taken : tickets) CHECK(taken == 1);
+
+    uint32_t places[kThreads / 2] = {}, least[kThreads / kWarpSize];
+    int places_taken = 0;
+    emulator::launch("take_places", take_places, 1, kThreads, places, &places_taken, least);
+    CHECK(places_taken == kThreads / 2);
+    for (uint32_t i = 0; i < kThreads / 2; ++i) CHECK((places[i] - 1) / 2 == i);
+    for (uint32_t warp = 0; warp < kThreads / kWarpSize; ++warp) {
+      CHECK(least[warp] == 1000 - warp * kWarpSize - (kWarpSize - 1));
+    }
 
     alignas(16) float from[4 * kThreads], to[4 * kThreads];
     for (int i = 0; i < 4 * kThreads; ++i) from[i] = static_cast<float>(i);

@@ -143,6 +143,10 @@ void check_transpose(int& failures) {
   }
   CHECK(equal);
 
+  for (int i = 0; i < kSize; ++i) rows[i] = Vec<T>::load(values[i]);
+  const Vec<T> totals = lane_sums(rows);
+  for (int i = 0; i < kSize; ++i) CHECK(totals[i] == kSize * kSize * i + kSize * (kSize - 1) / 2);
+
   constexpr int kSums = kSize / Vec<double>::size;
   Vec<double> sums[kSums];
   for (int i = 0; i < kSums; ++i) sums[i] = Vec<double>(1.0);

@@ -9,6 +9,21 @@ from torch import Tensor, nn
 Forward = Callable[..., Any]
 
 
+def kept(call: Callable[[], object]) -> int:
+    """Bytes of the storages that a forward keeps for its gradient."""
+    storages: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()
+    del result
+    return sum(storages.values())
+
+
 def outputs(found: Any) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 

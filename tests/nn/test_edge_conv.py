@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastzoo.nn import EdgeConv
 from fastzoo.testing.timing import peak_memory
-from tests.nn.steps import assert_same_steps
+from tests.nn.steps import assert_same_steps, kept
 
 
 def module(mlp: int | list[int], **options: Any) -> EdgeConv:
@@ -114,18 +114,31 @@ def test_far_from_the_origin() -> None:
     assert x.shape == y.shape
 
 
-@pytest.mark.parametrize("mlp", [64, [64, 64]], ids=str)
-def test_memory(mlp: int | list[int]) -> None:
-    n, k = 4096, 20
-    x = torch.randn(1, n, 64)
+def test_one_layer_keeps_and_makes_no_edges() -> None:
+    n, k, channels = 2048, 96, 64
+    x = torch.randn(1, n, channels, requires_grad=True)
     near = torch.randint(0, n, (1, n, k))
-    mine = EdgeConv(64, mlp, k, recompute=True)
+    mine = EdgeConv(channels, channels, k)
 
     def train() -> None:
         mine(x, near).sum().backward()
 
     train()
-    assert peak_memory(train, "cpu") < n * k * 64 * 4
+    # The lists are three times as large as the features.
+    rows = n * channels * 4
+    assert kept(lambda: mine(x, near)) < 15 * rows
+    assert peak_memory(train, "cpu") < n * k * channels * 4 / 1.5
+
+
+def test_more_layers_keep_one_tensor_of_edges_each_but_the_last() -> None:
+    n, k = 512, 32
+    x = torch.randn(1, n, 8, requires_grad=True)
+    near = torch.randint(0, n, (1, n, k))
+    channel = n * k * 4
+    mine = EdgeConv(8, [32, 48, 64], k)
+    assert channel * 80 < kept(lambda: mine(x, near)) < channel * (80 + 31)
+    mine.recompute = True
+    assert kept(lambda: mine(x, near)) < channel * 10
 
 
 def test_errors() -> None:

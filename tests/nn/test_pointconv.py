@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastzoo import ops
 from fastzoo.nn import PointConv, PointConvDensitySetAbstraction, PointDeConv
 from fastzoo.testing.timing import peak_memory
-from tests.nn.steps import assert_same_steps
+from tests.nn.steps import assert_same_steps, kept
 from tests.nn.test_set_abstraction import MLP, cloud, farthest, layers, module
 
 Abstraction = PointConvDensitySetAbstraction
@@ -167,8 +167,10 @@ def test_a_list_with_gaps_is_the_list_without() -> None:
     gaps = torch.full((2, 13, 7), -1)
     gaps[..., [1, 2, 4, 6]] = lists
     centres = xyz[:, :13].contiguous()
-    right = mine(xyz, features, centres, lists)
+    theirs = copy.deepcopy(mine)
+    right = theirs(xyz, features, centres, lists)
     torch.testing.assert_close(mine(xyz, features, centres, gaps), right)
+    torch.testing.assert_close(mine.state_dict(), theirs.state_dict())
 
 
 def test_the_lemma() -> None:
@@ -279,28 +281,38 @@ def test_deconvolution(skip: bool) -> None:
     assert_same_steps(mine, copy.deepcopy(mine), deconvolved, inputs, rtol=1e-8, atol=1e-8)
 
 
-def test_no_edges_in_memory() -> None:
+@pytest.mark.parametrize("mode", ["paper", "compat"])
+def test_no_edges_are_kept(mode: str) -> None:
+    clouds, n, k, channels = 2, 512, 32, 64
+    xyz, features = torch.rand(clouds, n, 3), torch.randn(clouds, n, channels, requires_grad=True)
+    mine = module(PointConv, channels, channels, k, mode=mode).float()
+    edge = clouds * n * k * 4  # bytes of one number for each edge
+    # Of an edge two numbers are the list's; weights would be 8, 8 and 16 more, and densities 16.
+    assert kept(lambda: mine(xyz, features)) < edge * 16
+
+
+def test_what_an_abstraction_keeps_of_edges() -> None:
+    n, number, k = 1024, 256, 32
+    xyz, points = torch.rand(2, 3, n), torch.rand(2, 16, n, requires_grad=True)
+    channel = 2 * number * k * 4
+    mine = module(Abstraction, number, k, 19, [32, 48, 64], 0.1, False).float()
+    parameters = 2 * 16 * 64 * 64 * 4
+    assert channel * 144 < kept(lambda: mine(xyz, points)) < channel * 170 + parameters
+    mine.recompute = True
+    assert kept(lambda: mine(xyz, points)) < channel * 30 + parameters
+
+
+def test_memory_of_a_step() -> None:
     clouds, n, k = 4, 1024, 32
     xyz, features = torch.rand(clouds, n, 3), torch.randn(clouds, n, 64, requires_grad=True)
-    mine = PointConv(64, 64, k)
+    near, density = torch.randint(0, n, (clouds, n, k)), torch.rand(clouds, n) + 0.5
+    mine = PointConv(64, 64, mode="compat")
 
     def train() -> None:
-        mine(xyz, features).sum().backward()
+        mine(xyz, features, None, near, density).sum().backward()
 
     train()
     assert peak_memory(train, "cpu") < clouds * n * k * 64 * 4
-
-
-def test_recomputing_keeps_no_edges() -> None:
-    n, number, k = 2048, 1024, 32
-    xyz, points = torch.rand(2, 3, n), torch.rand(2, 16, n, requires_grad=True)
-    mine = Abstraction(number, k, 19, [64, 64, 128], 0.1, False, recompute=True)
-
-    def train() -> None:
-        mine(xyz, points)[1].sum().backward()
-
-    train()
-    assert peak_memory(train, "cpu") < 2 * number * k * 64 * 4
 
 
 def test_errors() -> None:

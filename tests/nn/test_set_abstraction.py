@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastzoo.nn import FeaturePropagation, SetAbstraction
 from fastzoo.testing.timing import peak_memory
-from tests.nn.steps import assert_same_steps, step
+from tests.nn.steps import assert_same_steps, kept, step
 
 MLP = [7, 4, 9]
 
@@ -134,20 +134,31 @@ def test_start_is_drawn_when_asked_for() -> None:
     assert torch.equal(fixed(xyz, points)[0], xyz[..., :1])
 
 
-def test_recomputing_keeps_no_edges() -> None:
-    n, number, k, widths = 2048, 1024, 32, [64, 64, 128]
+def test_what_is_kept_of_edges() -> None:
+    n, number, k, widths = 1024, 256, 32, [32, 48, 128]
     xyz, points = torch.rand(2, 3, n), torch.rand(2, 16, n, requires_grad=True)
-    edges = 2 * number * k * 4  # bytes of one channel
+    channel = 2 * number * k * 4  # bytes of one number for each edge
 
-    def peak(recompute: bool) -> int:
-        mine = SetAbstraction(number, 0.2, k, 19, widths, False, recompute=recompute)
-        train = lambda: mine(xyz, points)[1].sum().backward()  # noqa: E731
-        train()
-        return peak_memory(train, "cpu")
+    def abstraction(recompute: bool) -> SetAbstraction:
+        return SetAbstraction(number, 0.3, k, 19, widths, False, recompute=recompute)
 
-    # Kept are the first two layers' values; in one more layer at a time gradients flow.
-    assert peak(False) < edges * (64 + 64 + 2 * 128 + 2 * 64)
-    assert peak(True) < edges * 64
+    every, none = abstraction(False), abstraction(True)
+    # The first layers' activations; neighbour lists are two channels, and points are few.
+    assert channel * (32 + 48) < kept(lambda: every(xyz, points)) < channel * (32 + 48 + 31)
+    assert kept(lambda: none(xyz, points)) < channel * 20
+
+
+def test_recomputing_saves_memory() -> None:
+    n, number, k, widths = 2048, 1024, 32, [64, 64, 128]
+    xyz, points = torch.rand(1, 3, n), torch.rand(1, 16, n, requires_grad=True)
+    mine = SetAbstraction(number, 0.2, k, 19, widths, False, recompute=True)
+
+    def train() -> None:
+        mine(xyz, points)[1].sum().backward()
+
+    train()
+    # All edges have 32 MB in the three layers, and as much again in gradients.
+    assert peak_memory(train, "cpu") < 48 << 20
 
 
 def interpolated(theirs: Any, xyz1: Tensor, xyz2: Tensor, p1: Any, p2: Tensor) -> Tensor:

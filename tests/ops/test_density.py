@@ -74,9 +74,28 @@ def test_a_narrow_bandwidth_on_a_large_cloud(kernel: str) -> None:
     np.testing.assert_allclose(found.numpy(), right.numpy(), rtol=2e-5)
 
 
-def test_every_instruction_set(capability: str) -> None:
-    points = random_points(3, 500, seed=7).requires_grad_()
-    bandwidth = (0.1 + random_points(3, 500, 1, seed=8)[..., 0] / 4).requires_grad_()
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"])  # which has all terms
+def test_tiles_of_zero_terms_change_nothing(backend: str, kernel: str) -> None:
+    points = random_points(1, 1100, 2, seed=9)[0].double()
+    apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = apart.div(0.0317).square()
+    profile = {
+        "gaussian": torch.exp(-distances / 2) / (2 * torch.pi),
+        "epanechnikov": (1 - distances).clamp(min=0) * 2 / torch.pi,
+        "tophat": (distances < 1).double() / torch.pi,
+    }[kernel]
+    right = profile.mean(1) / 0.0317**2
+    found = ops.kernel_density(points.to(DEVICE), 0.0317, kernel=kernel, backend=backend)
+    np.testing.assert_allclose(found.cpu().numpy(), right.numpy(), rtol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(3, 500, 3), (1, 2100, 2)], ids=["small", "wide"])
+def test_every_instruction_set(shape: tuple[int, int, int], capability: str) -> None:
+    points = random_points(*shape, seed=7).requires_grad_()
+    widest = 0.35 if shape[1] == 500 else 0.05  # of the wide cloud most pairs are left out
+    bandwidth = widest * (0.3 + 0.7 * random_points(*shape[:2], 1, seed=8)[..., 0])
+    bandwidth.requires_grad_()
     for kernel in ("gaussian", "epanechnikov"):
         right = ops.kernel_density(
             points.double(), bandwidth.double(), kernel=kernel, backend="reference"
@@ -88,6 +107,23 @@ def test_every_instruction_set(capability: str) -> None:
         actual = torch.autograd.grad(found.square().sum(), (points, bandwidth))
         for a, e in zip(actual, expected, strict=True):
             assert_gradient_close(a, e, rtol=2e-5, name=f"{capability}, {kernel}")
+
+
+def test_nothing_that_is_not_finite_is_left_out() -> None:
+    points = random_points(1, 2100, seed=12)[0]
+    bandwidth = torch.full((2100,), 0.01)
+    right = ops.kernel_density(points, bandwidth, queries=points)
+    queries = points.clone()
+    queries[3, 1] = torch.nan
+    found = ops.kernel_density(points, bandwidth, queries=queries)
+    assert found[3].isnan()
+    others = torch.arange(2100) != 3
+    torch.testing.assert_close(found[others], right[others], rtol=1e-6, atol=0)
+    bandwidth[5] = torch.nan
+    assert ops.kernel_density(points, bandwidth).isnan().all()
+    bandwidth[5] = 0.01
+    points[5, 0] = torch.nan
+    assert ops.kernel_density(points, bandwidth).isnan().all()
 
 
 def test_the_number_of_threads_changes_no_bit() -> None:

@@ -194,3 +194,49 @@ def test_three_nearest_have_distances_not_squares() -> None:
     right, right_idx = cKDTree(known[1].numpy()).query(unknown[1].numpy(), 3)
     assert idx[1].tolist() == right_idx.tolist()
     np.testing.assert_allclose(dist[1].numpy(), right, rtol=1e-6)
+    (grad,) = torch.autograd.grad(ops.three_nn(known.requires_grad_(), known)[0].sum(), known)
+    assert grad.isfinite().all()  # of points that coincide as well
+    with pytest.raises(ValueError, match="known"):
+        ops.three_nn(unknown, known[:, :2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_infinite_distances_come_before_nan(backend: str) -> None:
+    points = random_points(1, 400, seed=17)[0]
+    points[90:100], points[100:] = np.inf, np.nan
+    queries = points[:20].to(DEVICE)
+    order = nearest(points[:20].numpy(), points[:90].numpy(), 90)[1]
+    for k in (89, 90, 95, 100, 130):
+        found = ops.knn_points(queries, points.to(DEVICE), K=k, backend=backend).idx.cpu()
+        assert torch.equal(found[:, :90], torch.from_numpy(order)[:, :k])
+        assert torch.equal(found[:, 90:], torch.arange(90, max(k, 90)).expand(20, -1))
+    found = ops.knn_points(points[100:120].to(DEVICE), points.to(DEVICE), K=9, backend=backend).idx
+    assert torch.equal(found.cpu(), torch.arange(9).expand(20, -1))
+
+
+@pytest.mark.parametrize("kind", clouds(10))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cloud_with_itself(backend: str, kind: str) -> None:
+    points = clouds(LARGE[backend])[kind]
+    given, array = points.to(DEVICE), points.numpy()
+    some = slice(0, None, 7)
+    for norm in (1, 2):
+        found = ops.knn_points(given, given, K=11, norm=norm, backend=backend)
+        apart = distances(array[some], array)
+        if norm == 1:
+            terms = np.abs(array[some, None] - array)
+            apart = terms[..., 0] + terms[..., 1] + terms[..., 2]
+        right = np.argsort(apart, axis=1, kind="stable")[:, :11]
+        assert torch.equal(found.idx[some].cpu(), torch.from_numpy(right))
+        right_dists = np.take_along_axis(apart, right, 1)
+        assert torch.equal(found.dists[some].cpu(), torch.from_numpy(right_dists))
+
+
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+def test_padding_is_pytorch3ds(backend: str) -> None:
+    points = random_points(1, 4, seed=19).to(DEVICE) + 1
+    found = ops.knn_points(points[:, :2], points[:, :2], K=3, return_nn=True, backend=backend)
+    assert found.knn is not None
+    assert found.idx[0, :, 2].tolist() == [0, 0]
+    assert found.dists[0, :, 2].tolist() == [0, 0]
+    assert not found.knn[0, :, 2].any()

@@ -50,7 +50,7 @@ def test_every_dimension(dim: int) -> None:
 
 
 def test_every_instruction_set_takes_the_same(capability: str) -> None:
-    for n, k in ((100, 100), (1100, 200), (9000, 90)):
+    for n, k in ((100, 100), (1100, 200), (5000, 600)):
         for kind, points in clouds(n).items():
             found = ops.sample_farthest_points(points[None], K=k, backend="cpu")[1][0]
             right = farthest(points.numpy(), k)

@@ -36,6 +36,7 @@ FASTZOO_INLINE double double_sum(Vec<float> values) {
   return lane_sum(load_doubles(lanes) + load_doubles(lanes + kHalf));
 }
 
+// The panels that pass by the owners.
 template <class T>
 struct Stream {
   const DensityArgs& args;
@@ -105,8 +106,6 @@ struct Tile {
   const DensityTask& task;
   DensityScratch<T> scratch;
   Stream<T> stream;
-  int64_t dims;
-  int64_t width;  // how many sums an owner has
   int64_t count;
   const int64_t* rows;
 
@@ -115,12 +114,12 @@ struct Tile {
         task(task),
         scratch(base, args.dims, task.last_panel - task.first_panel),
         stream{args},
-        dims(kDims > 0 ? kDims : args.dims),
-        width(kSum == DensitySum::values ? 1
-              : kByPoints                ? dims + 2
-                                         : dims),
         count(task.end - task.begin),
         rows(args.owners.rows + task.begin) {}
+
+  int64_t dims() const { return kDims > 0 ? kDims : args.dims; }
+  // How many sums an owner has.
+  int64_t width() const { return kSum == DensitySum::values ? 1 : kByPoints ? dims() + 2 : dims(); }
 
   T owner_scale(int64_t owner) const {
     return kByPoints ? static_cast<const T*>(args.scale)[rows[owner]] : T(1);
@@ -129,7 +128,7 @@ struct Tile {
   void run() const {
     const int64_t padded = (count + kOwners - 1) / kOwners * kOwners;
     read_owners(padded);
-    for (int64_t i = 0; i < padded * width; ++i) scratch.sums[i] = 0;
+    for (int64_t i = 0; i < padded * width(); ++i) scratch.sums[i] = 0;
     const int64_t panels = find_near();
     // The lines of so many panels stay in the fastest cache while all owners pass.
     constexpr int64_t kCache = 32768;
@@ -146,8 +145,8 @@ struct Tile {
   void read_owners(int64_t padded) const {
     const T* const coordinates = static_cast<const T*>(args.owners.coordinates);
     for (int64_t i = 0; i < padded; ++i) {
-      const T* const point = coordinates + rows[i < count ? i : count - 1] * dims;
-      for (int64_t d = 0; d < dims; ++d) scratch.owners[i * dims + d] = point[d];
+      const T* const point = coordinates + rows[i < count ? i : count - 1] * dims();
+      for (int64_t d = 0; d < dims(); ++d) scratch.owners[i * dims() + d] = point[d];
     }
   }
 
@@ -167,7 +166,7 @@ struct Tile {
     for (int64_t i = 0; i < panels; i += V::size) {
       const int64_t at = task.first_panel + i;
       V square(T(0));
-      for (int64_t d = 0; d < dims; ++d) {
+      for (int64_t d = 0; d < dims(); ++d) {
         const V below = V::load(stream.low(d) + at) - V(highest[d]);
         const V above = V(lowest[d]) - V::load(stream.high(d) + at);
         square = add_square(maximum(maximum(below, above), V(T(0))), d, square);
@@ -187,10 +186,10 @@ struct Tile {
     if (args.boxes == nullptr) return false;
     bool finite = true;
     for (int64_t i = 0; i < count; ++i) {
-      const T* const owner = scratch.owners + i * dims;
+      const T* const owner = scratch.owners + i * dims();
       least = math::minimum(least, owner_scale(i));
       finite &= is_finite(owner_scale(i));
-      for (int64_t d = 0; d < dims; ++d) {
+      for (int64_t d = 0; d < dims(); ++d) {
         finite &= is_finite(owner[d]);
         lowest[d] = i == 0 ? owner[d] : math::minimum(lowest[d], owner[d]);
         highest[d] = i == 0 ? owner[d] : math::maximum(highest[d], owner[d]);
@@ -199,10 +198,11 @@ struct Tile {
     return finite;
   }
 
-  // Adds the terms of kOwners owners and the panels listed.
+  // Adds the terms of kOwners owners and the panels listed. A pair's pull is what its difference,
+  // and for by_points its squared distance, is multiplied by in the gradients.
   void add(int64_t first, const int32_t* near, int many) const {
-    const T* const owners = scratch.owners + first * dims;
-    double* const sums = scratch.sums + first * width;
+    const T* const owners = scratch.owners + first * dims();
+    double* const sums = scratch.sums + first * width();
     [[maybe_unused]] alignas(kVectorBytes) T pulls[kOwners][kAtOnce * kPanel];
     V totals[kOwners], stretch[kOwners], scales[kOwners];
     for (int i = 0; i < kOwners; ++i) {
@@ -213,13 +213,13 @@ struct Tile {
       const T* const panel = stream.panel(task.first_panel + near[at]);
 #pragma GCC unroll 4
       for (int lane = 0; lane < kPanel; lane += V::size) {
-        const V first_line = V::load(panel + dims * kPanel + lane);
+        const V first_line = V::load(panel + dims() * kPanel + lane);
         V squares[kOwners];
-        for (int64_t d = 0; d < dims; ++d) {
+        for (int64_t d = 0; d < dims(); ++d) {
           const V line = V::load(panel + d * kPanel + lane);
 #pragma GCC unroll 4
           for (int i = 0; i < kOwners; ++i) {
-            squares[i] = add_square(V(owners[i * dims + d]) - line, d, squares[i]);
+            squares[i] = add_square(V(owners[i * dims() + d]) - line, d, squares[i]);
           }
         }
 #pragma GCC unroll 4
@@ -232,7 +232,7 @@ struct Tile {
             stretch[i] = fused_multiply_add(pull, squares[i], stretch[i]);
             pull.store(pulls[i] + at * kPanel + lane);
           } else {
-            const V weight = V::load(panel + (dims + 1) * kPanel + lane);
+            const V weight = V::load(panel + (dims() + 1) * kPanel + lane);
             if constexpr (kSum == DensitySum::values) {
               totals[i] = fused_multiply_add(weight, profile, totals[i]);
             } else {
@@ -244,43 +244,47 @@ struct Tile {
       }
     }
     if constexpr (kSum != DensitySum::by_queries) {
-      for (int i = 0; i < kOwners; ++i) sums[i * width] += double_sum(totals[i]);
+      for (int i = 0; i < kOwners; ++i) sums[i * width()] += double_sum(totals[i]);
     }
     if constexpr (kByPoints) {
-      for (int i = 0; i < kOwners; ++i) sums[i * width + 1] += double_sum(stretch[i]);
+      for (int i = 0; i < kOwners; ++i) sums[i * width() + 1] += double_sum(stretch[i]);
     }
-    if constexpr (kSum != DensitySum::values) {
-      for (int64_t d = 0; d < dims; ++d) {
-        V moved[kOwners];
-        for (int i = 0; i < kOwners; ++i) moved[i] = V(T(0));
-        for (int at = 0; at < many; ++at) {
-          const T* const line = stream.panel(task.first_panel + near[at]) + d * kPanel;
-          for (int lane = 0; lane < kPanel; lane += V::size) {
-            const V values = V::load(line + lane);
+    if constexpr (kSum != DensitySum::values) add_differences(first, near, many, pulls);
+  }
+
+  // Adds the differences of pairs, times their pulls.
+  void add_differences(int64_t first, const int32_t* near, int many,
+                       const T (&pulls)[kOwners][kAtOnce * kPanel]) const {
+    const T* const owners = scratch.owners + first * dims();
+    double* const sums = scratch.sums + first * width() + width() - dims();
+    for (int64_t d = 0; d < dims(); ++d) {
+      V moved[kOwners];
+      for (int i = 0; i < kOwners; ++i) moved[i] = V(T(0));
+      for (int at = 0; at < many; ++at) {
+        const T* const line = stream.panel(task.first_panel + near[at]) + d * kPanel;
+        for (int lane = 0; lane < kPanel; lane += V::size) {
+          const V values = V::load(line + lane);
 #pragma GCC unroll 4
-            for (int i = 0; i < kOwners; ++i) {
-              moved[i] = fused_multiply_add(V::load(pulls[i] + at * kPanel + lane),
-                                            V(owners[i * dims + d]) - values, moved[i]);
-            }
+          for (int i = 0; i < kOwners; ++i) {
+            moved[i] = fused_multiply_add(V::load(pulls[i] + at * kPanel + lane),
+                                          V(owners[i * dims() + d]) - values, moved[i]);
           }
         }
-        for (int i = 0; i < kOwners; ++i) {
-          sums[i * width + width - dims + d] += double_sum(moved[i]);
-        }
       }
+      for (int i = 0; i < kOwners; ++i) sums[i * width() + d] += double_sum(moved[i]);
     }
   }
 
   void finish() const {
     T* const out = static_cast<T*>(args.out);
     for (int64_t i = 0; i < count; ++i) {
-      const double* const sums = scratch.sums + i * width;
+      const double* const sums = scratch.sums + i * width();
       if constexpr (kSum == DensitySum::values) {
         out[rows[i]] = static_cast<T>(sums[0]);
       } else {
         const double factor = 2 * finish_own(i);
-        for (int64_t d = 0; d < dims; ++d) {
-          out[rows[i] * dims + d] = static_cast<T>(factor * sums[width - dims + d]);
+        for (int64_t d = 0; d < dims(); ++d) {
+          out[rows[i] * dims() + d] = static_cast<T>(factor * sums[width() - dims() + d]);
         }
       }
     }
@@ -290,7 +294,7 @@ struct Tile {
   double finish_own(int64_t owner) const {
     const int64_t row = rows[owner];
     if constexpr (kByPoints) {
-      const double* const sums = scratch.sums + owner * width;
+      const double* const sums = scratch.sums + owner * width();
       const double weight = static_cast<const T*>(args.weight)[row];
       static_cast<T*>(args.grad_weight)[row] = static_cast<T>(sums[0]);
       static_cast<T*>(args.grad_scale)[row] = static_cast<T>(weight * sums[1]);

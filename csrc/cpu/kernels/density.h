@@ -42,7 +42,9 @@ struct DensityArgs {
   void* grad_weight;  // likewise
 
   // Of a panel: the coordinates, then scale and weight, or the gradient.
-  int64_t lines_of_panel() const { return dims + (sum == DensitySum::by_points ? 1 : 2); }
+  __attribute__((always_inline)) int64_t lines_of_panel() const {
+    return dims + (sum == DensitySum::by_points ? 1 : 2);
+  }
 };
 
 // Owners at places [begin, end), all of one cloud, and the panels of its stream.
@@ -52,7 +54,9 @@ struct DensityTask {
 };
 
 // How many owners a task has at most.
-inline int64_t density_owners(int64_t dims) { return dims > 32 ? 16 : 64; }
+__attribute__((always_inline)) inline int64_t density_owners(int64_t dims) {
+  return dims > 32 ? 16 : 64;
+}
 
 // What a task works in, T being the compute type.
 template <class T>

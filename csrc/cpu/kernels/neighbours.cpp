@@ -166,12 +166,6 @@ FASTZOO_INLINE void sort_few(uint64_t* keys, int64_t count, uint64_t* sorted) {
 
 // ---- The candidates of one query ---------------------------------------------------------------
 
-// The number of candidates at which the list is cut to k of them: so many that each costs little.
-FASTZOO_INLINE int64_t full_at(int64_t k) { return 2 * k + 64; }
-
-// What the list may hold, and places behind that which may be written.
-FASTZOO_INLINE int64_t room_for(int64_t k) { return full_at(k) + kBlockPoints + kSortStep; }
-
 template <class T>
 class Candidates {
  public:
@@ -179,13 +173,17 @@ class Candidates {
   using Key = typename RankOf<T>::type;
 
   Candidates() = default;
+  // The list is cut when it holds so many that a cut costs little for each. One of the first spares
+  // nothing that follows: it is put off longer.
   Candidates(Arena& arena, bool first, int64_t k)
-      : first_(first),
-        k_(k),
-        distances_(arena.take<T>(room_for(k))),
-        rows_(arena.take<int32_t>(room_for(k))),
-        keys_(arena.take<Key>(room_for(k))),
-        sorted_(arena.take<Key>(room_for(k))) {}
+      : first_(first), k_(k), full_(first ? 8 * k + 256 : 2 * k + 64) {
+    // A block is added whole, vectors are written whole and keys are sorted in steps.
+    const int64_t room = full_ + kBlockPoints + kSortStep;
+    distances_ = arena.take<T>(room);
+    rows_ = arena.take<int32_t>(room);
+    keys_ = arena.take<Key>(room);
+    sorted_ = arena.take<Key>(room);
+  }
 
   void start(T limit) {
     count_ = 0;
@@ -205,7 +203,7 @@ class Candidates {
   }
 
   // To be asked after each block.
-  bool is_full() const { return count_ > full_at(k_); }
+  bool is_full() const { return count_ > full_; }
 
   // Keeps the k best.
   void cut() {
@@ -268,8 +266,8 @@ class Candidates {
       keep_tied(split.most, k_ - split.below);
       return;
     }
-    // Bits between those of infinity and NaN are no distance.
-    limit_ = math::minimum(math::bits_as<T>(split.most), static_cast<T>(__builtin_inf()));
+    // Bits between those of infinity and of NaN are a NaN: infinity stands for them.
+    limit_ = math::minimum(static_cast<T>(__builtin_inf()), math::bits_as<T>(split.most));
     const Vec<T> limit(limit_);
     int64_t kept = 0;
     for (int64_t i = 0; i < count_; i += Vec<T>::size) {
@@ -322,8 +320,9 @@ class Candidates {
     if (first >= count) return std::numeric_limits<int32_t>::max();
     int32_t high = 0;
     for (int64_t i = 0; i < count; ++i) high = rows[i] > high ? rows[i] : high;
-    for (int i = 0; i < Vec<float>::size; ++i)
+    for (int i = 0; i < Vec<float>::size; ++i) {
       rows[count + i] = std::numeric_limits<int32_t>::max();
+    }
     const auto between = [](int32_t low, int32_t most, float fraction) {
       return low + static_cast<int32_t>(static_cast<float>(most - low) * fraction);
     };
@@ -332,6 +331,7 @@ class Candidates {
 
   bool first_ = false;
   int64_t k_ = 0;
+  int64_t full_ = 0;
   T* distances_ = nullptr;
   int32_t* rows_ = nullptr;
   Key* keys_ = nullptr;
@@ -343,7 +343,7 @@ class Candidates {
 
 // The greatest distance within the radius.
 template <class T>
-FASTZOO_INLINE T first_limit(const NeighbourArgs& args) {
+FASTZOO_INLINE T limit_of_radius(const NeighbourArgs& args) {
   if (!math::radius_limits(args.radius)) return static_cast<T>(__builtin_inf());
   const T limit = math::radius_limit<T>(args.norm, args.radius);
   if (!(limit > 0)) return T(-1);
@@ -399,7 +399,7 @@ FASTZOO_INLINE void tile_distances(const T* queries, const T* block, int64_t dim
   }
 }
 
-// Whether `kAll` distances count, NaN too, at first.
+// kAll: at first every distance counts, NaN too.
 template <class T, Norm kNorm, bool kAll>
 void search_tiles(const NeighbourArgs& args, const NeighbourCloud& cloud, int64_t begin,
                   int64_t end, Arena arena) {
@@ -407,7 +407,7 @@ void search_tiles(const NeighbourArgs& args, const NeighbourCloud& cloud, int64_
   const auto& points = *static_cast<const PointBlocksView<T>*>(cloud.rows);
   const T* const all_queries = static_cast<const T*>(cloud.queries);
   const int64_t k = least(args.k, points.points);
-  const T limit = first_limit<T>(args);
+  const T limit = limit_of_radius<T>(args);
   T* const queries = arena.take<T>(args.dims * kQueries);
   Candidates<T> candidates[kQueries];
   for (Candidates<T>& own : candidates) own = Candidates<T>(arena, args.first, k);
@@ -457,22 +457,27 @@ class TreeSearch {
         tree_(*static_cast<const PointBlocksView<T>*>(cloud.tree)),
         rows_(static_cast<const PointBlocksView<T>*>(cloud.rows)),
         k_(least(args.k, tree_.points)),
-        first_limit_(cpu::FASTZOO_CPU_ISA::first_limit<T>(args)),
-        candidates_(arena, args.first, k_) {}
+        widest_(limit_of_radius<T>(args)),
+        candidates_(arena, args.first, k_) {
+    for (auto& previous : previous_) {
+      for (V& lanes : previous) lanes = V(T(0));
+    }
+    for (V& lanes : reach_) lanes = V(static_cast<T>(__builtin_inf()));
+  }
 
   void search(const T* query, Results<T> results) {
     for (int64_t d = 0; d < dims(); ++d) query_[d] = V(query[d]);
     if (args_.first && scan_pays()) {
       scan();
     } else {
-      candidates_.start(args_.first ? first_limit_
-                                    : math::minimum(first_limit_, bound_by_previous(query)));
+      candidates_.start(args_.first ? widest_ : math::minimum(widest_, bound_by_previous()));
       visit(tree_.levels - 1, 0);
       within_ = candidates_.met();
     }
     const T last = results.write(candidates_, args_.k);
-    previous_ = query;
-    previous_limit_ = candidates_.count() == k_ ? last : static_cast<T>(__builtin_inf());
+    if (!args_.first) {
+      remember(candidates_.count() == k_ ? side(last) : static_cast<T>(__builtin_inf()));
+    }
   }
 
  private:
@@ -537,23 +542,44 @@ class TreeSearch {
     }
   }
 
-  // Where the k nearest of the previous query lie at most, seen from this one. Both distances are
-  // rounded, relatively by less than 2^-18 and absolutely, where they underflow, by less than the
-  // smallest normal number.
-  T bound_by_previous(const T* query) const {
-    if (previous_ == nullptr) return static_cast<T>(__builtin_inf());
-    T apart = 0;
-    for (int64_t d = 0; d < dims(); ++d) {
-      const T term = math::distance_term<kNorm>(query[d], previous_[d]);
-      apart = d == 0 ? term : apart + term;
+  // Where the k nearest lie at most, by those of the queries before: no farther than from the other
+  // query and from there to this one. Both distances are rounded, relatively by less than 2^-18
+  // and absolutely, where they underflow, by less than the smallest normal number.
+  T bound_by_previous() const {
+    V least(static_cast<T>(__builtin_inf()));
+    for (int v = 0; v < kVectors<T>; ++v) {
+      V apart;
+      for (int64_t d = 0; d < dims(); ++d) {
+        const V term = math::distance_term<kNorm>(query_[d], previous_[d][v]);
+        apart = d == 0 ? term : apart + term;
+      }
+      least = minimum(least, side(apart) + reach_[v]);
     }
-    constexpr T kSmallest = std::numeric_limits<T>::min();
-    constexpr T kMore = T(1) + T(0x1p-16);
+    const T sum = lane_minimum(least);
+    return (kNorm == Norm::one ? sum : sum * sum) * (T(1) + T(0x1p-16));
+  }
+
+  // Of a distance at most, as a length that can be added to others.
+  template <class W>
+  __attribute__((always_inline)) static W side(W distance) {
+    const W above = distance + W(std::numeric_limits<T>::min());
     if constexpr (kNorm == Norm::one) {
-      return (apart + kSmallest + (previous_limit_ + kSmallest)) * kMore;
+      return above;
+    } else {
+      return square_root(above);
     }
-    const T sum = square_root(apart + kSmallest) + square_root(previous_limit_ + kSmallest);
-    return sum * sum * kMore;
+  }
+
+  // Whole vectors are stored: a load of one that was stored in pieces would have to wait.
+  void remember(T reach) {
+    const uint32_t place = 1u << searched_++ % kBlockPoints;
+    for (int v = 0; v < kVectors<T>; ++v) {
+      const typename V::MaskType lane{place >> v * V::size & V::MaskType::kAll};
+      for (int64_t d = 0; d < dims(); ++d) {
+        previous_[d][v] = select(lane, query_[d], previous_[d][v]);
+      }
+      reach_[v] = select(lane, V(reach), reach_[v]);
+    }
   }
 
   // Whether a ball is so full that its first k points are sooner found in the order of the rows.
@@ -565,7 +591,7 @@ class TreeSearch {
   }
 
   void scan() {
-    candidates_.start(first_limit_);
+    candidates_.start(widest_);
     int64_t block = 0;
     for (; block < rows_->blocks && candidates_.count() < k_; ++block) {
       meet(rows_->block(block), rows_->rows + block * kBlockPoints);
@@ -579,11 +605,13 @@ class TreeSearch {
   const PointBlocksView<T>& tree_;
   const PointBlocksView<T>* rows_;
   int64_t k_;
-  T first_limit_;
+  T widest_;
   Candidates<T> candidates_;
   V query_[kDims > 0 ? kDims : kMostTreeDims];
-  const T* previous_ = nullptr;
-  T previous_limit_ = 0;
+  // The queries before this one, and how far off the last of their nearest lies.
+  V previous_[kDims > 0 ? kDims : kMostTreeDims][kVectors<T>];
+  V reach_[kVectors<T>];
+  int64_t searched_ = 0;
   int64_t within_ = 0;  // of the previous ball, about
 };
 

@@ -140,8 +140,10 @@ struct EdgeNet {
 
   const EdgeArgs& args;
   const math::NetLayout& layout = args.layout;
-  // Lanes of a unit's edges; those after the last edge have what the last one has.
-  const int64_t stride = round_up(args.unit * args.neighbours_each, V::size);
+  // Lanes of a unit's edges; those after the last edge have what the last one has. An odd number of
+  // vectors, so that the lines of an edge do not all meet in one set of the cache.
+  const int64_t stride = round_up(args.unit * args.neighbours_each, 2 * V::size) +
+                         (args.neighbours_each > 0 ? V::size : 0);
   int depth = layout.dims;  // values of an edge: the coordinates, then the outputs of each layer
   int widest = layout.dims;
   // The edges of all units at hand.
@@ -323,6 +325,8 @@ struct PointConv {
   static constexpr int kGatherEdges = 64;
   static constexpr int kGatherVectors = 8;
   static constexpr int kGatherStride = (kGatherVectors + 1) * kLanes;
+  // Edges whose rows are fetched before their turn.
+  static constexpr int64_t kAhead = 6;
   // Terms of a long sum that are added up in registers, before they are added to the others.
   static constexpr int64_t kTerms = 256;
   // Elements of the linear layer that are packed at once, at least.
@@ -335,7 +339,7 @@ struct PointConv {
   const int64_t width = net.layout.width;
   const int64_t pairs = (width + 1) / 2;  // of weights
   const int64_t vectors = (args.channels + kLanes - 1) / kLanes;
-  // An odd number, so that the lines of a row do not all meet in one set of the cache.
+  // An odd number, for the same reason as there is for the net's stride.
   const int64_t rows = round_up(args.count, kRows) | 1;
   const int64_t tiles = (args.count + kRows - 1) / kRows;
   const int64_t outputs_stride = round_up(args.outputs, kRows);
@@ -421,12 +425,24 @@ struct PointConv {
     });
   }
 
+  // Rows lie all over the features: they are fetched before their turn.
+  template <class Value>
+  __attribute__((always_inline)) static void fetch(const Value* from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(Value))) {
+      __builtin_prefetch(from + i);
+    }
+  }
+
   void gather(const Edges<T>& edges, int64_t begin, int64_t end, int64_t vector, int64_t count,
               T* to) const {
     const int64_t channels = channels_from(vector, count);
+    const auto row = [&](int64_t e) __attribute__((always_inline)) {
+      return static_cast<const Element*>(args.features) + feature_row(edges, e) * args.channels +
+             vector * kLanes;
+    };
     for (int64_t e = begin; e < end; ++e, to += kGatherStride) {
-      const Element* const from = static_cast<const Element*>(args.features) +
-                                  feature_row(edges, e) * args.channels + vector * kLanes;
+      const Element* const from = row(e);
+      if (e + kAhead < edges.count) fetch(row(e + kAhead), channels);
       int64_t c = 0;
       for (; c + kLanes <= channels; c += kLanes) load_wide(from + c).store(to + c);
       if (c == channels) continue;
@@ -446,6 +462,7 @@ struct PointConv {
 
   void add_features(const Edges<T>& edges, int64_t begin, int64_t end, const T* factors,
                     int64_t row, const Scratch& scratch) const {
+    const int64_t panel_size = rows * kColumns, vector_size = pairs * panel_size;
     over_channels([&](int64_t first, int count) {
       int64_t from = begin;
       do {
@@ -453,6 +470,10 @@ struct PointConv {
         gather(edges, from, to, first, count, scratch.gathered);
         for (int v = 0; v < count; v += 2) {
           const T* const right = scratch.gathered + v * kLanes;
+          T* const to_sums = at(sums, first + v, 0, row);
+          const auto sum_of = [=](int64_t m, int64_t j) __attribute__((always_inline)) {
+            return to_sums + j * vector_size + m / 2 * panel_size + m % 2 * kLanes;
+          };
           const auto add = [&](auto at_once) __attribute__((always_inline)) {
             constexpr int kVectors = decltype(at_once)::value;
             in_groups(width, [&](auto group, int64_t m) __attribute__((always_inline)) {
@@ -460,15 +481,14 @@ struct PointConv {
               V tile[kGroup][kVectors];
               for (int i = 0; i < kGroup; ++i) {
                 for (int j = 0; j < kVectors; ++j) {
-                  tile[i][j] =
-                      from == begin ? V(T(0)) : V::load(at(sums, first + v + j, m + i, row));
+                  tile[i][j] = from == begin ? V(T(0)) : V::load(sum_of(m + i, j));
                 }
               }
               add_products<T>(factors + m * net.stride + from, net.stride, 1, right, kGatherStride,
                               to - from, tile);
               for (int i = 0; i < kGroup; ++i) {
                 for (int j = 0; j < kVectors; ++j) {
-                  tile[i][j].store(at(sums, first + v + j, m + i, row));
+                  tile[i][j].store(sum_of(m + i, j));
                 }
               }
             });
@@ -591,9 +611,10 @@ struct PointConv {
         const T* right = scratch.packed;
         for (int64_t v = vector; v < stop; ++v) {
           for (int64_t m = 0; m < width; m += 2) {
+            const T* const left = at(sums, v, m, row);
+            fetch(left + rows * kColumns, kRows * kColumns);  // what comes next
             // Where the weights are odd in number, the last pair has one.
-            Product::add_rows(at(sums, v, m, row), kColumns, right,
-                              m + 1 < width ? kColumns : kLanes, tile);
+            Product::add_rows(left, kColumns, right, m + 1 < width ? kColumns : kLanes, tile);
             right += kColumns * kColumns;
           }
         }
@@ -657,26 +678,44 @@ struct PointConv {
 
   // Panels of a vector of channels: [pair][output][weight of the pair][lane].
   void pack_rows(int64_t vector, int64_t first, int64_t outputs, T* to) const {
-    const bool whole = width % 2 == 0 && channels_from(vector, 1) == kLanes;
-    for (int64_t i = 0; i < pairs * outputs * kColumns && !whole; ++i) to[i] = T(0);
+    const int64_t channels = channels_from(vector, 1);
+    const bool whole = channels == kLanes;
+    for (int64_t i = 0; i < pairs * outputs * kColumns && !(whole && width % 2 == 0); ++i) {
+      to[i] = T(0);
+    }
     for (int64_t o = 0; o < outputs; ++o) {
-      const Element* const from = linear_row(first + o);
-      over_elements(vector, 1, [&](int64_t index, int64_t, int64_t m, int64_t lane) {
-        to[(m / 2 * outputs + o) * kColumns + m % 2 * kLanes + lane] = widen(from[index]);
-      });
+      const Element* const from = linear_row(first + o) + vector * kLanes * width;
+      const auto line = [&](int64_t m) __attribute__((always_inline)) {
+        return to + (m / 2 * outputs + o) * kColumns + m % 2 * kLanes;
+      };
+      int64_t m = 0;
+      for (; whole && m + kLanes <= width; m += kLanes) {
+        V block[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) block[i] = load_wide(from + i * width + m);
+        transpose(block);
+        for (int64_t i = 0; i < kLanes; ++i) block[i].store(line(m + i));
+      }
+      for (; m < width; ++m) {
+        T* const values = line(m);
+        for (int64_t lane = 0; lane < channels; ++lane)
+          values[lane] = widen(from[lane * width + m]);
+      }
     }
   }
 
   void backward_linear(int64_t panel, const Scratch&) const {
     const int64_t vector = panel / pairs, weight = panel % pairs * 2;
     T* const to = static_cast<T*>(args.linear_sums) + panel * outputs_stride * kColumns;
-    for (int64_t first = 0; first < args.count; first += kTerms) {
+    // So that its part of the panel stays in the fastest cache.
+    constexpr int64_t kCentres = 128;
+    for (int64_t first = 0; first < args.count; first += kCentres) {
       const int64_t left = args.count - first;
       for (int64_t o = 0; o < outputs_stride; o += kRows) {
         Tile tile;
         Product::clear(tile);
         Product::add_columns(grad + first * outputs_stride + o, outputs_stride,
-                             at(sums, vector, weight, first), left < kTerms ? left : kTerms, tile);
+                             at(sums, vector, weight, first), left < kCentres ? left : kCentres,
+                             tile);
         add_tile(tile, false, to + o * kColumns, kColumns);
       }
     }
@@ -702,9 +741,12 @@ struct PointConv {
 
   // A centre's gradients of some vectors of channels: [weight][vector][lane].
   void copy_grad(int64_t vector, int64_t count, int64_t row, T* to) const {
+    constexpr int64_t kRowsAhead = 4;
     for (int64_t m = 0; m < width; ++m) {
       for (int64_t v = 0; v < count; ++v, to += kLanes) {
-        V::load(at(grad_sums, vector + v, m, row)).store(to);
+        const T* const from = at(grad_sums, vector + v, m, row);
+        __builtin_prefetch(from + kRowsAhead * kColumns);
+        V::load(from).store(to);
       }
     }
   }
@@ -737,6 +779,14 @@ struct PointConv {
                        int64_t vector, int64_t row, const Scratch& scratch) const {
     copy_grad(vector, kVectors, row, scratch.channels);
     const int64_t channels = channels_from(vector, kVectors);
+    const bool whole = !args.grouped && channels == kVectors * kLanes;
+    const auto place = [&](int64_t edge) __attribute__((always_inline)) {
+      return feature_row(edges, edge) * args.channels + vector * kLanes;
+    };
+    // The rows of the next centre.
+    for (int64_t e = end; whole && e < 2 * end - begin && e < edges.count; ++e) {
+      fetch(static_cast<const T*>(args.row_sums) + place(e), channels);
+    }
     in_groups(end - begin, [&](auto group, int64_t first) __attribute__((always_inline)) {
       constexpr int kGroup = decltype(group)::value;
       V tile[kGroup][kVectors];
@@ -746,8 +796,8 @@ struct PointConv {
       add_products<T>(factors + begin + first, 1, net.stride, scratch.channels, kVectors * kLanes,
                       width, tile);
       for (int i = 0; i < kGroup; ++i) {
-        const int64_t at = feature_row(edges, begin + first + i) * args.channels + vector * kLanes;
-        if (!args.grouped && channels == kVectors * kLanes) {
+        const int64_t at = place(begin + first + i);
+        if (whole) {
           T* const to = static_cast<T*>(args.row_sums) + at;
           for (int v = 0; v < kVectors; ++v) {
             (V::load(to + v * kLanes) + tile[i][v]).store(to + v * kLanes);
@@ -949,7 +999,7 @@ FASTZOO_INLINE void with_moments(const MomentsArgs& args, void* scratch, const B
 
 // Centres that are taken at once, where each has so many bytes.
 int64_t centres_at_once(const EdgeArgs& args, int64_t bytes) {
-  constexpr int64_t kBytes = int64_t{6} << 20;
+  constexpr int64_t kBytes = int64_t{4} << 20;
   // A whole number of units and of tiles of rows.
   constexpr int64_t kMultiple = 3 * kUnitCentres;
   const int64_t fitting = kBytes / (bytes + 1);

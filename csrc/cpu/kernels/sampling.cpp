@@ -47,10 +47,11 @@ struct Farthest {
 
   const FarthestArgs<T>& args;
   const PointBlocksView<T>& blocks = args.blocks;
-  int64_t dims = kDims > 0 ? kDims : args.blocks.dims;
   int32_t latest = args.start;  // its place
 
   explicit Farthest(const FarthestArgs<T>& args) : args(args) {}
+
+  int64_t dims() const { return kDims > 0 ? kDims : blocks.dims; }
 
   void run() {
     for (int64_t i = 0;; ++i) {
@@ -76,7 +77,7 @@ struct Farthest {
 #pragma GCC unroll 8
     for (int lane = 0; lane < kLanes; lane += V::size) {
       V distance;
-      for (int64_t d = 0; d < dims; ++d) {
+      for (int64_t d = 0; d < dims(); ++d) {
         const V term =
             math::distance_term<Norm::two>(V::load(points + d * kLanes + lane), point[d]);
         distance = d == 0 ? term : distance + term;
@@ -113,12 +114,12 @@ struct Farthest {
   // below the greatest of `least` in there, no point's can be.
   void lower_group(const Latest& point, int level, int64_t group) {
     const T* const lowers = blocks.group(level, group);
-    const T* const uppers = lowers + dims * kLanes;
+    const T* const uppers = lowers + dims() * kLanes;
     uint32_t near = 0;
 #pragma GCC unroll 8
     for (int lane = 0; lane < kLanes; lane += V::size) {
       V distance;
-      for (int64_t d = 0; d < dims; ++d) {
+      for (int64_t d = 0; d < dims(); ++d) {
         const V term = math::box_distance_term<Norm::two>(
             point[d], V::load(lowers + d * kLanes + lane), V::load(uppers + d * kLanes + lane));
         distance = d == 0 ? term : distance + term;

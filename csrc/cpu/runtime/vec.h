@@ -226,6 +226,15 @@ FASTZOO_INLINE T lane_maximum(Vec<T> a) {
   for (int i = 1; i < Vec<T>::size; ++i) highest = math::maximum(highest, a[i]);
   return highest;
 }
+template <class T>
+FASTZOO_INLINE T lane_minimum(Vec<T> a) {
+  T least[Vec<T>::size];
+  a.store(least);
+  for (int width = Vec<T>::size / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) least[i] = math::minimum(least[i], least[i + width]);
+  }
+  return least[0];
+}
 
 // Of two vectors, pieces of `step` elements change places: the odd ones of a and the even ones of
 // b.

@@ -71,6 +71,13 @@ FASTZOO_INLINE Vec<T> absolute(Vec<T> a) {
 
 FASTZOO_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
 FASTZOO_INLINE double square_root(double a) { return __builtin_sqrt(a); }
+template <class T>
+FASTZOO_INLINE Vec<T> square_root(Vec<T> a) {
+  T values[Vec<T>::size];
+  a.store(values);
+  for (T& value : values) value = square_root(value);
+  return Vec<T>::load(values);
+}
 
 template <class T>
 struct Exponential;

@@ -89,7 +89,7 @@ class Stream {
     launch_with(0, name, kernel, grid, block, arguments...);
   }
 
-  // A kernel that has large_shared<Arrays>().
+  // A kernel that has large_shared<Arrays>(): beyond kCommonShared where has_large_shared() alone.
   template <class Arrays, class... Parameters>
   void launch_large(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                     std::common_type_t<Parameters>... arguments) const {

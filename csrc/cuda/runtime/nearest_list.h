@@ -47,11 +47,10 @@ template <class C>
 class ShortList : public BufferedList<C, ShortList<C>> {
  public:
   using Key = DistanceKey<C>;
-  static constexpr int kMost = kWarpSize;
   static constexpr int kWarps = 8;                                     // of a block
   static constexpr int kBlocks = sizeof(C) == sizeof(float) ? 3 : 1;   // of a multiprocessor
   static constexpr int kQueries = sizeof(C) == sizeof(float) ? 2 : 1;  // of a warp
-  static constexpr int kRoom = kWarpSize - 1;                          // of what may be left
+  static constexpr int kRoom = kWarpSize - 1;  // of the buffer, before more is appended
   static constexpr int kKeys = kRoom + kMostAppended + 1;
 
   // Its memory begins at `first`.
@@ -109,7 +108,6 @@ template <class C, int kMostKeys>
 class LongList : public BufferedList<C, LongList<C, kMostKeys>> {
  public:
   using Key = DistanceKey<C>;
-  static constexpr int kMost = kMostKeys;
   static constexpr int kKeys = 2 * kMostKeys - kWarpSize + kMostAppended;
   static constexpr int kFitting = 36 * 1024 / (kKeys * static_cast<int>(sizeof(Key)));
   static constexpr int kWarps = kFitting < 8 ? kFitting : 8;

@@ -25,6 +25,18 @@ constexpr int kBoundsRows = 16 * kTreeThreads;  // of one block
 template <class C>
 constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
+// Where the groups of a cloud are. Every cloud has groups of its own.
+struct CloudGroups {
+  int64_t cloud;  // -1 for none
+  int64_t begin, size;
+
+  FASTZOO_DEVICE static int shift(int level) { return 5 * (level + 1); }
+  FASTZOO_DEVICE int64_t first(int level) const { return (begin >> shift(level)) + cloud; }
+  FASTZOO_DEVICE int64_t count(int level) const {
+    return (size + (int64_t{1} << shift(level)) - 1) >> shift(level);
+  }
+};
+
 // Points of fewer than kFewDims dimensions get zeros for those they lack, which add nothing to a
 // distance.
 template <class C>
@@ -37,19 +49,15 @@ struct PointTree {
   C* boxes[kTreeTop];  // of levels 1 and on: [groups, dims, 2, kWarpSize], lower and upper
   int64_t groups[kTreeTop + 1];
 
-  FASTZOO_DEVICE static int shift(int level) { return 5 * (level + 1); }
-  // Every cloud has groups of its own.
-  FASTZOO_DEVICE int64_t first_group(int64_t cloud, int level) const {
-    return (clouds.begin(cloud) >> shift(level)) + cloud;
+  FASTZOO_DEVICE CloudGroups of_cloud(int64_t cloud) const {
+    if (cloud < 0) return {-1, 0, 0};
+    return {cloud, clouds.begin(cloud), clouds.size(cloud)};
   }
-  FASTZOO_DEVICE int64_t group_count(int64_t cloud, int level) const {
-    return groups_of(clouds.size(cloud), level);
-  }
-  FASTZOO_DEVICE static int64_t groups_of(int64_t size, int level) {
-    return (size + (int64_t{1} << shift(level)) - 1) >> shift(level);
-  }
-  FASTZOO_DEVICE int64_t cloud_of_group(int64_t group, int level) const {
-    return clouds.last_at(group, [&](int64_t cloud) { return first_group(cloud, level); });
+  // Of the cloud that may have a group.
+  FASTZOO_DEVICE CloudGroups of_group(int64_t group, int level) const {
+    return of_cloud(clouds.last_at(group, [&](int64_t cloud) {
+      return CloudGroups{cloud, clouds.begin(cloud), 0}.first(level);
+    }));
   }
 
   FASTZOO_DEVICE C* coordinate(int64_t group, int d) const {
@@ -103,15 +111,17 @@ __global__ void __launch_bounds__(kTreeThreads)
   }
 }
 
-// Sorting by these leaves each cloud, and the rows between clouds, where they are.
+// Sorting by these leaves each cloud, and the rows between clouds, where they are. Keys have the
+// first `code_bits` bits of a Morton code.
 template <class C>
 __global__ void __launch_bounds__(kTreeThreads)
-    tree_keys(Clouds clouds, const C* points, int64_t dims, const uint64_t* bounds, int64_t* keys) {
+    tree_keys(Clouds clouds, const C* points, int64_t dims, const uint64_t* bounds, int code_bits,
+              int32_t* keys) {
   const int64_t row = int64_t{blockIdx.x} * kTreeThreads + threadIdx.x;
   if (row >= clouds.rows) return;
   const int64_t cloud = clouds.last_from(row);
   if (cloud < 0 || row >= clouds.end(cloud)) {
-    keys[row] = (2 * cloud + 2) << math::kMortonBits;
+    keys[row] = static_cast<int32_t>((2 * cloud + 2) << code_bits);
     return;
   }
   const int axes = math::morton_axes(dims);
@@ -126,21 +136,22 @@ __global__ void __launch_bounds__(kTreeThreads)
     lowest[d] = static_cast<C>(lower);
   }
   const uint32_t code = math::morton_code(point, lowest, math::morton_scale(extent, axes), axes);
-  keys[row] = (2 * cloud + 1) << math::kMortonBits | code;
+  keys[row] =
+      static_cast<int32_t>((2 * cloud + 1) << code_bits | code >> (math::kMortonBits - code_bits));
 }
 
 // By a warp, a member of the group a lane: the box of all members along a dimension.
 template <class C>
-FASTZOO_DEVICE void put_box(const PointTree<C>& tree, int64_t cloud, int64_t group, int level,
-                            int d, C lower, C upper) {
+FASTZOO_DEVICE void put_box(const PointTree<C>& tree, const CloudGroups& cloud, int64_t group,
+                            int level, int d, C lower, C upper) {
   for (int flip = kWarpSize / 2; flip > 0; flip /= 2) {
     lower = math::minimum(lower, shuffle_xor(lower, flip));
     upper = math::maximum(upper, shuffle_xor(upper, flip));
   }
   if (threadIdx.x % kWarpSize != 0) return;
-  const int64_t within = group - tree.first_group(cloud, level);
-  C* to = tree.bounds(tree.first_group(cloud, level + 1) + within / kWarpSize, level + 1, d) +
-          within % kWarpSize;
+  const int64_t within = group - cloud.first(level);
+  C* to =
+      tree.bounds(cloud.first(level + 1) + within / kWarpSize, level + 1, d) + within % kWarpSize;
   to[0] = lower;
   to[kWarpSize] = upper;
 }
@@ -151,14 +162,13 @@ __global__ void __launch_bounds__(kTreeThreads)
     tree_points(PointTree<C> tree, const C* points, int64_t dims, const int64_t* order) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t group = int64_t{blockIdx.x} * kTreeWarps + threadIdx.x / kWarpSize;
-  const int64_t cloud = tree.cloud_of_group(group, 0);
-  if (group >= tree.groups[0] || cloud < 0) return;
-  const int64_t begin = tree.clouds.begin(cloud);
-  const int64_t place = (group - tree.first_group(cloud, 0)) * kWarpSize + lane;
-  const bool exists = place < tree.clouds.size(cloud);
-  if (!any(exists)) return;
-  const int64_t row = exists ? order[begin + place] : 0;
-  tree.indices[group * kWarpSize + lane] = exists ? static_cast<int32_t>(row - begin) : -1;
+  const CloudGroups cloud = tree.of_group(group, 0);
+  const int64_t first = (group - cloud.first(0)) * kWarpSize;
+  if (first >= cloud.size) return;
+  const int64_t place = first + lane;
+  const bool exists = place < cloud.size;
+  const int64_t row = exists ? order[cloud.begin + place] : 0;
+  tree.indices[group * kWarpSize + lane] = exists ? static_cast<int32_t>(row - cloud.begin) : -1;
   if (exists) tree.places[row] = static_cast<int32_t>(place);
   for (int d = 0; d < tree.dims; ++d) {
     const C value = exists && d < dims ? points[row * dims + d] : C{0};
@@ -172,10 +182,9 @@ template <class C, int level>
 __global__ void __launch_bounds__(kTreeThreads) tree_boxes(PointTree<C> tree) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t group = int64_t{blockIdx.x} * kTreeWarps + threadIdx.x / kWarpSize;
-  const int64_t cloud = tree.cloud_of_group(group, level);
-  if (group >= tree.groups[level] || cloud < 0) return;
-  const int64_t first = (group - tree.first_group(cloud, level)) * kWarpSize;
-  const int64_t members = tree.group_count(cloud, level - 1);
+  const CloudGroups cloud = tree.of_group(group, level);
+  const int64_t first = (group - cloud.first(level)) * kWarpSize;
+  const int64_t members = cloud.count(level - 1);
   if (first >= members) return;
   const bool exists = first + lane < members;
   for (int d = 0; d < tree.dims; ++d) {
@@ -195,8 +204,32 @@ struct PointTreeMemory {
   const int64_t* row_at() const { return static_cast<const int64_t*>(order.const_data_ptr()); }
 };
 
-// Of points [rows, dims], rows > 0 and dims up to kTreeDims. `longest` is the size of no smaller a
-// cloud than the largest.
+// Which of points [rows, dims], rows > 0, stands at each place when every cloud is in Morton order;
+// rows of no cloud stay where they are. `longest` is the size of no smaller a cloud than the
+// largest.
+template <class C>
+Tensor morton_order(const Stream& stream, const Tensor& points, const Clouds& clouds,
+                    int64_t longest) {
+  const int64_t dims = points.size(1);
+  const C* data = static_cast<const C*>(points.const_data_ptr());
+  const Tensor bounds =
+      torch::stable::new_zeros(points, {clouds.count, kFewDims, 2}, ScalarType::Long);
+  uint64_t* bound_data = static_cast<uint64_t*>(bounds.mutable_data_ptr());
+  const int64_t blocks_each = blocks_for(longest < 1 ? 1 : longest, kBoundsRows);
+  stream.launch("tree_bounds", tree_bounds<C>, blocks_for(clouds.count * blocks_each, 1),
+                kTreeThreads, clouds, data, dims, blocks_each, bound_data);
+  STD_TORCH_CHECK(clouds.count < 1 << 30, "fastzoo: fewer than 2^30 clouds expected, got ",
+                  clouds.count);
+  int code_bits = math::kMortonBits;  // keys of 32 bits are sorted faster than those of 64
+  while ((2 * clouds.count + 1) << code_bits > int64_t{1} << 31) --code_bits;
+  const Tensor keys = empty(points, {clouds.rows}, ScalarType::Int);
+  stream.launch("tree_keys", tree_keys<C>, blocks_for(clouds.rows, kTreeThreads), kTreeThreads,
+                clouds, data, dims, bound_data, code_bits,
+                static_cast<int32_t*>(keys.mutable_data_ptr()));
+  return sort_rows(keys).indices;
+}
+
+// Of points as above, of up to kTreeDims dimensions.
 template <class C>
 PointTreeMemory<C> build_tree(const Stream& stream, const Tensor& points, const Clouds& clouds,
                               int64_t longest) {
@@ -204,18 +237,8 @@ PointTreeMemory<C> build_tree(const Stream& stream, const Tensor& points, const 
   const int64_t tree_dims = dims < kFewDims ? kFewDims : dims;
   const C* data = static_cast<const C*>(points.const_data_ptr());
 
-  const Tensor bounds =
-      torch::stable::new_zeros(points, {clouds.count, kFewDims, 2}, ScalarType::Long);
-  uint64_t* bound_data = static_cast<uint64_t*>(bounds.mutable_data_ptr());
-  const int64_t blocks_each = blocks_for(longest < 1 ? 1 : longest, kBoundsRows);
-  stream.launch("tree_bounds", tree_bounds<C>, blocks_for(clouds.count * blocks_each, 1),
-                kTreeThreads, clouds, data, dims, blocks_each, bound_data);
-  const Tensor keys = empty(points, {clouds.rows}, ScalarType::Long);
-  stream.launch("tree_keys", tree_keys<C>, blocks_for(clouds.rows, kTreeThreads), kTreeThreads,
-                clouds, data, dims, bound_data, static_cast<int64_t*>(keys.mutable_data_ptr()));
-
   PointTreeMemory<C> memory;
-  memory.order = sort_rows(keys).indices;
+  memory.order = morton_order<C>(stream, points, clouds, longest);
   PointTree<C>& tree = memory.tree;
   tree.clouds = clouds;
   tree.dims = static_cast<int>(tree_dims);
