@@ -21,14 +21,16 @@ their float64 values as rounding explains. A loss is timed forward and backward,
 gradients that belong to it, and all of these must come as near; so is a quantiser with the gradient
 that a decoder sends back, and a step of a module with the state that it leaves: every call of it
 starts from the same state, and copies that in. Of a lookup in fast precision each code must be as
-near to the best as its documentation says; of k-means the inertia of the centroids, of the same
-initial ones after the same rounds, must be within a thousandth of that in float64. Times are
-medians; what a user of a peer does once (building an index, converting boxes, compiling) is not
-counted. A ratio is a peer's time over fastzoo's: above 1, fastzoo is faster. Memory is the peak
-beyond the inputs and the gradients; on a CPU it is seen every 0.2 ms, so a short call shows none.
-`floor` is the share of the least possible time: the case's operations (of a loss of scores four
-matrix products, the least there is without the logits in memory) at the fastest matrix product that
-torch reaches on the machine, or its bytes at the speed of a copy.
+near to the best as its documentation says. A peer's neighbour is right where it is as near as the
+right one, or inside the ball, and its voxels may be numbered in another way. Of k-means the inertia
+of the centroids, of the same initial ones after the same rounds, must be within a thousandth of
+that in float64. Times are medians; what a user of a peer does once (building an index, converting
+boxes, compiling) is not counted; a tree over points is built in every call, as fastzoo's is. A
+ratio is a peer's time over fastzoo's: above 1, fastzoo is faster. Memory is the peak beyond the
+inputs and the gradients; on a CPU it is seen every 0.2 ms, so a short call shows none. `floor` is
+the share of the least possible time: the case's operations (of a loss of scores four matrix
+products, the least there is without the logits in memory) at the fastest matrix product that torch
+reaches on the machine, or its bytes at the speed of a copy.
 
 Measure your own machine with `make bench`, or `python -m fastzoo selftest --bench` where only the
 package is installed.

@@ -108,12 +108,18 @@ def learn(steps: int = STEPS, seed: int = 0) -> Kernel:
     optimizer = torch.optim.Adam(nn.ModuleList(layers).parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        offsets = disc(BATCH, generator)
-        optimizer.zero_grad()
-        F.mse_loss(kernel(offsets), gaussian(offsets)).backward()
-        optimizer.step()
-        schedule.step()
+    # Of so small a network a second thread does little, and on a busy machine it is waited for.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(steps):
+            offsets = disc(BATCH, generator)
+            optimizer.zero_grad()
+            F.mse_loss(kernel(offsets), gaussian(offsets)).backward()
+            optimizer.step()
+            schedule.step()
+    finally:
+        torch.set_num_threads(threads)
     net = [(layer.weight.detach(), layer.bias.detach()) for layer in layers[:2]]
     return Kernel(net, layers[2].weight.detach())
 

@@ -19,6 +19,7 @@ from benchmarks.implementation import Implementation, Loss, Unavailable, require
 from benchmarks.peers import PEERS, partial_fc
 from benchmarks.rows import Problem, Row, measure_row, select
 from fastzoo import _native, ops, reference
+from fastzoo.ops._operator import OPERATORS
 from fastzoo.testing import SPECS, deviation, loss_and_gradients
 from fastzoo.testing.boxes import random_boxes
 from fastzoo.testing.detections import detector_output
@@ -733,6 +734,15 @@ def test_overhead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overhead, "_CALLS", 10)
     found = overhead.call_overhead(SPECS["nms"], "cpu")
     assert found["public"] > 0 < found["bare"]
+
+
+@pytest.mark.parametrize("op", [name for name, spec in SPECS.items() if spec.benchmarks])
+def test_the_bare_operator_takes_what_a_case_has(op: str) -> None:
+    spec = SPECS[op]
+    case = spec.benchmarks[0]
+    args = case.make("cpu", **SMALL[op])
+    native = OPERATORS[spec.operator].overloads["reference"]
+    native(*spec.dispatch_args(*args, **case.kwargs))
 
 
 def test_command_line(

@@ -136,7 +136,15 @@ def gradient_sample(dtype: torch.dtype) -> Sample:
 
 
 def dispatched(
-    p1: Tensor, p2: Tensor, *, K: int = 1, norm: int = 2, radius: float | None = None, **_: Any
+    p1: Tensor,
+    p2: Tensor,
+    lengths1: Tensor | None = None,
+    lengths2: Tensor | None = None,
+    norm: int = 2,
+    K: int = 1,
+    *,
+    radius: float | None = None,
+    **_: Any,
 ) -> tuple[Any, ...]:
     first, second = as_clouds(p1), as_clouds(p2)
     longest, reach = max(first.longest, second.longest), radius or float("inf")
@@ -212,7 +220,14 @@ def ball_samples(dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def dispatched_ball(
-    p1: Tensor, p2: Tensor, *, K: int = 500, radius: float = 0.2, **_: Any
+    p1: Tensor,
+    p2: Tensor,
+    lengths1: Tensor | None = None,
+    lengths2: Tensor | None = None,
+    K: int = 500,
+    radius: float = 0.2,
+    return_nn: bool = True,
+    **_: Any,
 ) -> tuple[Any, ...]:
     *args, _, norm = dispatched(p1, p2, K=K, radius=radius)
     return *args, "first", norm

@@ -257,7 +257,7 @@ def _dispatched_pointconv(
     linear: Tensor,
     bias: Tensor,
     *,
-    widths: Sequence[int],
+    widths: Sequence[int] = WIDTHS,
     **_: Any,
 ) -> tuple[Any, ...]:
     return xyz, features, centres, neighbours, scale, net, list(widths), linear, bias

@@ -62,7 +62,9 @@ def farthest_invalid() -> Iterator[Invalid]:
     yield Invalid("backend", (points,), {"backend": "gpu"}, ValueError, "backend")
 
 
-def _dispatched_farthest(points: Tensor, *, K: int, **_: Any) -> tuple[Any, ...]:
+def _dispatched_farthest(
+    points: Tensor, lengths: Tensor | None = None, K: int = 50, **_: Any
+) -> tuple[Any, ...]:
     clouds = as_clouds(points)
     size = len(clouds.ranges)
     return clouds.rows, clouds.ranges, torch.zeros(size).long(), torch.full((size,), K), K
