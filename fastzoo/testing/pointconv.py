@@ -241,10 +241,10 @@ def _gradient_rtol(dtype: torch.dtype, *args: Any, **kwargs: Any) -> float:
 
 
 def _pointconv_gradient(dtype: torch.dtype) -> Sample:
-    args = random_edges(2, 5, 3, 4, 2, 3, (4, 3), seed=5)
+    args = random_edges(1, 3, 2, 3, 2, 2, (3, 2), seed=5)
     args[3][0, 1, 2:] = -1
     cast = (a.to(dtype) if a.is_floating_point() else a for a in args)
-    return Sample("gradient", tuple(cast), {"widths": (4, 3)})
+    return Sample("gradient", tuple(cast), {"widths": (3, 2)})
 
 
 def _dispatched_pointconv(
@@ -423,10 +423,10 @@ def _dispatched_moments(
 
 
 def _moments_gradient(dtype: torch.dtype) -> Sample:
-    xyz, _, centres, neighbours, _, net, *_ = random_edges(2, 5, 3, 4, 1, 1, (4, 3), seed=5)
+    xyz, _, centres, neighbours, _, net, *_ = random_edges(1, 3, 2, 3, 1, 1, (3, 2), seed=5)
     neighbours[0, 1, 2:] = -1
     cast = (xyz.to(dtype), centres.to(dtype), neighbours, net.to(dtype))
-    return Sample("gradient", cast, {"widths": (4, 3)})
+    return Sample("gradient", cast, {"widths": (3, 2)})
 
 
 def moments_eager(xyz: Tensor, centres: Tensor, neighbours: Tensor, net: Tensor) -> Tensor:

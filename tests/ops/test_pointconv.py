@@ -180,7 +180,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 
 
 def test_neither_edges_nor_their_products_are_kept() -> None:
-    args = random_edges(1, 1024, 512, 32, 128, 128, seed=9)
+    args = random_edges(4, 1024, 512, 32, 128, 128, seed=9)
     leaves = [a.requires_grad_() if a.is_floating_point() else a for a in args]
     xyz, features, centres, neighbours, scale, net, linear, bias = leaves
 
@@ -189,9 +189,9 @@ def test_neither_edges_nor_their_products_are_kept() -> None:
         out = ops.pointconv(xyz, features, centres, neighbours, layers, scale, (linear, bias))
         torch.autograd.grad(out.sum(), (features, scale, net, linear, bias))
 
-    edges = 512 * 32 * 128 * 4  # 8 MiB; the published form keeps several times that
+    edges = 4 * 512 * 32 * 128 * 4  # 32 MiB; the published form keeps several times that
     gradients = sum(a.numel() * 4 for a in (features, scale, net, linear, bias))
-    assert peak_memory(step, "cpu") < edges + gradients
+    assert peak_memory(step, "cpu") < edges // 2 + gradients
 
 
 @pytest.mark.parametrize("backend", [b for b in ALL_BACKENDS if b != "cuda"])
