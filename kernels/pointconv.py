@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastzoo import reference
 from fastzoo.reference.precision import compute_dtype
 
 from .neighbour_reduce import add_by_row, edge_rows, inverse_list
@@ -36,6 +37,10 @@ PARTS = {INTERPRETER: 2, 8: 1024, 9: 2048, 10: 2048}
 MOMENT_PARTS = {INTERPRETER: 2, 8: 216, 9: 264, 10: 296}
 
 SMALLEST = 16  # side that a product takes
+
+# Deeper networks go by the definition: their unrolled code, which grows with the square of the
+# depth, takes minutes to compile and more registers than there are.
+UNROLLED_LAYERS = 4
 
 
 @triton.jit
@@ -670,6 +675,10 @@ def pointconv(
     bias: torch.Tensor,
 ) -> torch.Tensor:
     """Without a last layer, the sums over the neighbours themselves."""
+    if len(widths) > UNROLLED_LAYERS:
+        return reference.pointconv_edges(
+            xyz, features, centres, neighbours, scale, net, widths, linear, bias
+        )
     edges = _Edges(xyz, centres, neighbours, net, widths)
     grouped, features, scale = _flattened(features, scale)
     channels = features.shape[-1]
@@ -703,6 +712,20 @@ def pointconv_backward(
     wants_coordinates: bool,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients to xyz, features, centres, scale, net, linear and bias."""
+    if len(widths) > UNROLLED_LAYERS:
+        return reference.pointconv_backward(
+            grad,
+            xyz,
+            features,
+            centres,
+            neighbours,
+            scale,
+            net,
+            widths,
+            linear,
+            bias,
+            wants_coordinates,
+        )
     edges = _Edges(xyz, centres, neighbours, net, widths)
     shape, dtype, compute = features.shape, features.dtype, compute_dtype(features)
     grouped, features, scale = _flattened(features, scale)
@@ -771,6 +794,8 @@ def pointconv_moments(
     widths: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and covariance of the network's outputs over all edges."""
+    if len(widths) > UNROLLED_LAYERS:
+        return reference.pointconv_moments_edges(xyz, centres, neighbours, net, widths)
     edges = _Edges(xyz, centres, neighbours, net, widths)
     count = edges.count()
     mean = edges.moments(None) / count
@@ -790,6 +815,18 @@ def pointconv_moments_backward(
     wants_coordinates: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients to xyz, centres and net."""
+    if len(widths) > UNROLLED_LAYERS:
+        return reference.pointconv_moments_backward(
+            grad_mean,
+            grad_covariance,
+            mean,
+            xyz,
+            centres,
+            neighbours,
+            net,
+            widths,
+            wants_coordinates,
+        )
     edges = _Edges(xyz, centres, neighbours, net, widths)
     count = edges.count()
     partial = edges.net_partial()

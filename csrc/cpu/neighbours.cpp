@@ -2,7 +2,6 @@
 #include "kernels/neighbours.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <optional>
 #include <string>
@@ -10,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "clouds.h"
 #include "entry.h"
 #include "runtime/point_blocks.h"
 
@@ -18,12 +18,7 @@ namespace {
 
 using math::Norm;
 
-// Calls body with each part in [0, parts).
-const auto kInParallel = [](int64_t parts, const auto& body) {
-  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) body(part);
-  });
-};
+// Calls body with each part in [0, parts), on this thread.
 const auto kInTurn = [](int64_t parts, const auto& body) {
   for (int64_t part = 0; part < parts; ++part) body(part);
 };
@@ -34,25 +29,17 @@ struct CloudRows {
   int64_t begin2, points;
 };
 
-std::vector<CloudRows> clouds_of(const char* op, const Tensor& p1, const Tensor& p2,
-                                 const Tensor& ranges1, const Tensor& ranges2) {
+std::vector<CloudRows> paired_clouds(const char* op, const Tensor& p1, const Tensor& p2,
+                                     const Tensor& ranges1, const Tensor& ranges2) {
   constexpr int64_t kMostRows = int64_t{1} << 31;
   STD_TORCH_CHECK(p1.size(0) < kMostRows && p2.size(0) < kMostRows, op, ": more than 2^31 points");
   STD_TORCH_CHECK(ranges1.size(0) == ranges2.size(0), op, ": ", ranges1.size(0), " clouds and ",
                   ranges2.size(0));
-  const Tensor own1 = torch::stable::contiguous(ranges1);
-  const Tensor own2 = torch::stable::contiguous(ranges2);
-  const auto clamped = [](const Tensor& ranges, int64_t place, int64_t rows) {
-    const int64_t bound = static_cast<const int64_t*>(ranges.const_data_ptr())[place];
-    return std::clamp(bound, int64_t{0}, rows);
-  };
-  std::vector<CloudRows> clouds(ranges1.size(0));
+  const std::vector<Cloud> clouds1 = clouds_of(ranges1, p1.size(0));
+  const std::vector<Cloud> clouds2 = clouds_of(ranges2, p2.size(0));
+  std::vector<CloudRows> clouds(clouds1.size());
   for (size_t b = 0; b < clouds.size(); ++b) {
-    CloudRows& cloud = clouds[b];
-    cloud.begin1 = clamped(own1, 2 * b, p1.size(0));
-    cloud.begin2 = clamped(own2, 2 * b, p2.size(0));
-    cloud.queries = std::max(int64_t{0}, clamped(own1, 2 * b + 1, p1.size(0)) - cloud.begin1);
-    cloud.points = std::max(int64_t{0}, clamped(own2, 2 * b + 1, p2.size(0)) - cloud.begin2);
+    clouds[b] = {clouds1[b].begin, clouds1[b].size(), clouds2[b].begin, clouds2[b].size()};
   }
   return clouds;
 }
@@ -60,10 +47,6 @@ std::vector<CloudRows> clouds_of(const char* op, const Tensor& p1, const Tensor&
 Norm norm_of(const char* op, int64_t norm) {
   STD_TORCH_CHECK(norm == 1 || norm == 2, op, ": norm must be 1 or 2, got ", norm);
   return norm == 1 ? Norm::one : Norm::two;
-}
-
-Tensor in_compute_type(const Tensor& tensor) {
-  return torch::stable::contiguous(torch::stable::to(tensor, compute_dtype(tensor.scalar_type())));
 }
 
 // Whether both are the same elements in memory.
@@ -164,16 +147,6 @@ void over_gaps(const std::vector<CloudRows>& clouds, int64_t rows, const RangeOf
 const auto kQueries = [](const CloudRows& cloud) { return std::pair(cloud.begin1, cloud.queries); };
 const auto kPoints = [](const CloudRows& cloud) { return std::pair(cloud.begin2, cloud.points); };
 
-// Calls body(thread, i) for each i below `count`. They differ in what they cost: each thread takes
-// the next that waits.
-template <class Body>
-void share_out(int64_t threads, int64_t count, const Body& body) {
-  std::atomic<int64_t> next{0};
-  kInParallel(std::min(threads, count), [&](int64_t thread) {
-    for (int64_t i = next++; i < count; i = next++) body(thread, i);
-  });
-}
-
 template <class T>
 void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds, int64_t all_rows,
             const T* p1, const T* p2, T* distances, int64_t* indices) {
@@ -193,27 +166,32 @@ void search(const cpu::NeighbourArgs& args, const std::vector<CloudRows>& clouds
              std::min(rows.points, args.dims > cpu::kMostTreeDims ? rows.points : kMetByTree);
     if (rows.queries == 0 || std::max(rows.points, rows.queries) < kLargeCloud) continue;
     searched[b].emplace(args, rows, p1 + rows.begin1 * args.dims, p2 + rows.begin2 * args.dims,
-                        torch::stable::get_num_threads(), kInParallel);
+                        torch::stable::get_num_threads(), run_parts);
   }
   const int64_t threads = threads_for(pairs * args.dims);
-  share_out(threads, static_cast<int64_t>(clouds.size()), [&](int64_t, int64_t b) {
-    const CloudRows& rows = clouds[b];
-    if (searched[b] || rows.queries == 0) return;
-    searched[b].emplace(args, rows, p1 + rows.begin1 * args.dims, p2 + rows.begin2 * args.dims, 1,
-                        kInTurn);
+  const int64_t cloud_count = static_cast<int64_t>(clouds.size());
+  share_out(cloud_count, threads, [&](const auto& next) {
+    for (int64_t b = next(); b < cloud_count; b = next()) {
+      const CloudRows& rows = clouds[b];
+      if (searched[b] || rows.queries == 0) continue;
+      searched[b].emplace(args, rows, p1 + rows.begin1 * args.dims, p2 + rows.begin2 * args.dims, 1,
+                          kInTurn);
+    }
   });
 
   const std::vector<Task> tasks = tasks_of(clouds);
   int64_t workspace_bytes = 0;
   FASTZOO_SELECT_KERNEL(neighbour_workspace)(args, longest, workspace_bytes);
-  std::vector<std::unique_ptr<char[]>> workspaces(threads);
   const auto kernel = FASTZOO_SELECT_KERNEL(neighbour_search);
-  share_out(threads, static_cast<int64_t>(tasks.size()), [&](int64_t thread, int64_t i) {
-    const Task& task = tasks[i];
-    if (workspaces[thread] == nullptr) workspaces[thread].reset(new char[workspace_bytes]);
-    const int64_t first = clouds[task.cloud].begin1 * args.k;
-    kernel(args, searched[task.cloud]->kernel_view(distances + first, indices + first), task.begin,
-           task.end, workspaces[thread].get());
+  const int64_t task_count = static_cast<int64_t>(tasks.size());
+  share_out(task_count, threads, [&](const auto& next) {
+    const std::unique_ptr<char[]> workspace(new char[workspace_bytes]);
+    for (int64_t i = next(); i < task_count; i = next()) {
+      const Task& task = tasks[i];
+      const int64_t first = clouds[task.cloud].begin1 * args.k;
+      kernel(args, searched[task.cloud]->kernel_view(distances + first, indices + first),
+             task.begin, task.end, workspace.get());
+    }
   });
 }
 
@@ -225,7 +203,7 @@ std::tuple<Tensor, Tensor> neighbour_search(const Tensor& p1, const Tensor& p2,
   STD_TORCH_CHECK(order == "nearest" || order == "first", op,
                   ": order must be nearest or first, got ", order);
   STD_TORCH_CHECK(k >= 1, op, ": k must be positive, got ", k);
-  const std::vector<CloudRows> clouds = clouds_of(op, p1, p2, ranges1, ranges2);
+  const std::vector<CloudRows> clouds = paired_clouds(op, p1, p2, ranges1, ranges2);
   cpu::NeighbourArgs args{};
   const ScalarType compute = compute_dtype(p1.scalar_type());
   args.dtype = kernel_dtype(compute, op);
@@ -234,8 +212,8 @@ std::tuple<Tensor, Tensor> neighbour_search(const Tensor& p1, const Tensor& p2,
   args.radius = radius;
   args.dims = p1.size(1);
   args.k = k;
-  const Tensor queries = in_compute_type(p1);
-  const Tensor points = same(p1, p2) ? queries : in_compute_type(p2);
+  const Tensor queries = dense_as(p1, compute);
+  const Tensor points = same(p1, p2) ? queries : dense_as(p2, compute);
   const Tensor distances = empty(p1, {p1.size(0), k}, compute);
   const Tensor indices = empty(p1, {p1.size(0), k}, ScalarType::Long);
   with_type(args.dtype, [&](auto element) {
@@ -288,18 +266,25 @@ void sum_gradients(const cpu::NeighbourBackwardArgs& args, const std::vector<Clo
   const int64_t pairs = static_cast<int64_t>(tasks.size()) * kTaskQueries * args.k;
   const int64_t threads = threads_for(pairs * args.dims);
   const auto kernel_p1 = FASTZOO_SELECT_KERNEL(neighbour_backward_p1);
-  share_out(threads, static_cast<int64_t>(tasks.size()), [&](int64_t, int64_t i) {
+  const int64_t task_count = static_cast<int64_t>(tasks.size());
+  share_out(task_count, threads, [&](const auto& next) {
     std::vector<double> sums(args.dims);
-    kernel_p1(args, kernel_view(clouds[tasks[i].cloud]), tasks[i].begin, tasks[i].end, sums.data());
+    for (int64_t i = next(); i < task_count; i = next()) {
+      const Task& task = tasks[i];
+      kernel_p1(args, kernel_view(clouds[task.cloud]), task.begin, task.end, sums.data());
+    }
   });
   const std::vector<Task> point_tasks = point_tasks_of(clouds, args.dims, threads);
   const auto kernel_p2 = FASTZOO_SELECT_KERNEL(neighbour_backward_p2);
-  share_out(threads, static_cast<int64_t>(point_tasks.size()), [&](int64_t, int64_t i) {
-    const Task& task = point_tasks[i];
-    const std::unique_ptr<double[]> sums(new double[(task.end - task.begin) * args.dims]);
+  const int64_t point_task_count = static_cast<int64_t>(point_tasks.size());
+  share_out(point_task_count, threads, [&](const auto& next) {
     std::vector<int32_t> pairs_of_query(args.k);
-    kernel_p2(args, kernel_view(clouds[task.cloud]), task.begin, task.end, sums.get(),
-              pairs_of_query.data());
+    for (int64_t i = next(); i < point_task_count; i = next()) {
+      const Task& task = point_tasks[i];
+      const std::unique_ptr<double[]> sums(new double[(task.end - task.begin) * args.dims]);
+      kernel_p2(args, kernel_view(clouds[task.cloud]), task.begin, task.end, sums.get(),
+                pairs_of_query.data());
+    }
   });
 }
 
@@ -308,16 +293,16 @@ std::tuple<Tensor, Tensor> neighbour_search_backward(const Tensor& grad_dists, c
                                                      const Tensor& ranges2, int64_t /*longest*/,
                                                      const Tensor& indices, int64_t norm) {
   const char* const op = "neighbour_search_backward";
-  const std::vector<CloudRows> clouds = clouds_of(op, p1, p2, ranges1, ranges2);
+  const std::vector<CloudRows> clouds = paired_clouds(op, p1, p2, ranges1, ranges2);
   const ScalarType compute = compute_dtype(p1.scalar_type());
   cpu::NeighbourBackwardArgs args{};
   args.dtype = kernel_dtype(compute, op);
   args.norm = norm_of(op, norm);
   args.dims = p1.size(1);
   args.k = indices.size(1);
-  const Tensor queries = in_compute_type(p1);
-  const Tensor points = in_compute_type(p2);
-  const Tensor grad = in_compute_type(grad_dists);
+  const Tensor queries = dense_as(p1, compute);
+  const Tensor points = dense_as(p2, compute);
+  const Tensor grad = dense_as(grad_dists, compute);
   const Tensor chosen = torch::stable::contiguous(indices);
   const Tensor grad_p1 = empty(p1, {p1.size(0), args.dims}, compute);
   const Tensor grad_p2 = empty(p2, {p2.size(0), args.dims}, compute);

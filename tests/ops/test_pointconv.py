@@ -158,6 +158,25 @@ def test_every_instruction_set(capability: str) -> None:
         assert_gradient_close(a, e, rtol=5e-5, name=capability)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_deep_net(backend: str) -> None:
+    widths = (3, 4, 2, 5, 3, 4, 2, 3)
+    args = random_edges(1, 12, 5, 4, 3, 2, widths, seed=19)
+    xyz, features, centres, neighbours, scale, net, linear, bias = (
+        a.double().to(DEVICE) if a.is_floating_point() else a.to(DEVICE) for a in args
+    )
+    net = (net * 2).requires_grad_()
+    results = []
+    for which in ("reference", backend):
+        layers = layers_of(net, widths, 3)
+        last = (linear, bias)
+        out = ops.pointconv(xyz, features, centres, neighbours, layers, scale, last, backend=which)
+        results.append((out, *torch.autograd.grad(out.square().sum(), net)))
+    assert results[0][1].abs().max() > 0
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     args = random_edges(3, 80, 300, 9, 40, 16, seed=8)
     leaves = [a.requires_grad_() if a.is_floating_point() else a for a in args]
