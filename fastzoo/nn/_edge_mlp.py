@@ -28,7 +28,7 @@ from fastzoo.nn._batch_norm import (
     uses_batch,
     weight_and_bias,
 )
-from fastzoo.ops.pointconv import _NEIGHBOUR_REDUCE_BACKWARD
+from fastzoo.ops.pointconv import sum_at_neighbours
 from fastzoo.reference.precision import compute_dtype
 
 # Numbers that the edges of one part have in their widest layer, where edges are computed again.
@@ -123,10 +123,7 @@ class _SumMoments(torch.autograd.Function):
         own_points = own_points - (uses * own_points).sum((0, 1)) * share
         own_centres = own_centres - (edges * own_centres).sum((0, 1)) * share
         # What lies at the other ends of a point's edges, and of a centre's.
-        none = points.new_empty(0, dtype=dtype)
-        backward = _NEIGHBOUR_REDUCE_BACKWARD.choose(None, points.device.type)
-        winner = neighbours.new_empty(0, dtype=torch.int32)
-        at_points, _ = backward(own_centres, own_points, neighbours, none, winner, "sum")
+        at_points = sum_at_neighbours(own_centres, neighbours, own_points)
         at_centres = ops.neighbour_reduce(own_points, neighbours)
         grad_mean, twice = grad_mean * share, 2 * grad_variance * share
         to_points = uses * (grad_mean + twice * own_points) + twice * at_points

@@ -22,6 +22,7 @@ from fastzoo.reference.pointconv import (
     pointconv_with,
     reduce_with,
 )
+from fastzoo.reference.precision import compute_dtype
 
 REDUCTIONS = ("sum", "mean", "max")
 FORMS = ("efficient", "full")
@@ -393,6 +394,16 @@ def group_beside(backend: str | None) -> Callable[[Tensor, Tensor], Tensor]:
         return found.view(*idx.shape, rows.shape[-1])
 
     return group
+
+
+def sum_at_neighbours(values: Tensor, neighbours: Tensor, points: Tensor) -> Tensor:
+    """The values ``[B, S, C]`` of the centres, added up at each of their neighbours, in the shape
+    of ``points [B, N, C]``: the transpose of a sum over neighbours."""
+    kernel = _NEIGHBOUR_REDUCE_BACKWARD.beside(None, points.device.type)
+    none = points.new_empty(0, dtype=compute_dtype(points))
+    winner = neighbours.new_empty(0, dtype=torch.int32)
+    found: Tensor = kernel(values, points, neighbours, none, winner, "sum")[0]
+    return found
 
 
 def group_points(points: Tensor, idx: Tensor, *, backend: str | None = None) -> Tensor:
