@@ -553,7 +553,7 @@ def _inside(answer: Any, right: Any, p1: Tensor, p2: Tensor, *options: Any) -> f
     limit = options[3] ** 2 * (1 + 1e-6)
     inside = (idx < 0) | (_squared(idx, p1.cpu(), p2.cpu()) < limit)
     as_many = (idx >= 0).sum(-1) == (right[1] >= 0).sum(-1)
-    return (inside.all(-1) & as_many & _distinct(idx)).double().mean().item()
+    return float((inside.all(-1) & as_many & _distinct(idx)).double().mean())
 
 
 def _distinct(idx: Tensor) -> Tensor:
@@ -566,7 +566,7 @@ def _same_points(answer: Any, right: Any, *_: Any) -> float:
     idx = _indices(answer)
     if idx.shape != right[1].shape:
         return 0.0
-    return (idx == right[1]).double().mean().item()
+    return float((idx == right[1]).double().mean())
 
 
 def _same_cells(answer: Any, right: Any, *_: Any) -> float:
@@ -576,7 +576,7 @@ def _same_cells(answer: Any, right: Any, *_: Any) -> float:
         return 0.0
     first = torch.full((int(other.max()) + 1,), len(other))
     first.scatter_reduce_(0, other, torch.arange(len(other)), "amin")
-    return (first.argsort().argsort()[other] == right).double().mean().item()
+    return float((first.argsort().argsort()[other] == right).double().mean())
 
 
 def _indices(answer: Any) -> Tensor:

@@ -82,7 +82,8 @@ def _sample_farthest_points(points: Tensor, _: None, k: int) -> Callable[[], Ten
 def _voxel_grid(points: Tensor, size: float) -> Callable[[], Any]:
     package = require("torch_cluster")
     edges = points.new_full((points.shape[1],), size)
-    return lambda: package.grid_cluster(points, edges)
+    start = torch.zeros_like(edges)
+    return lambda: package.grid_cluster(points, edges, start)
 
 
 PEER = Implementation(
