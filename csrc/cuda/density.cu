@@ -156,10 +156,14 @@ __global__ void __launch_bounds__(kThreads) density_boxes(Density<C> density, in
   if (lane == 0) density.boxes[tile] = found;
 }
 
+// Blocks of a multiprocessor; a double's exponential wants more registers.
+template <class C>
+constexpr int kScanBlocks = sizeof(C) == 4 ? 4 : 3;
+
 // A block has kQueries queries, which may be of several clouds, and every gridDim.y-th tile of
 // points of each. A tile's terms are added up in C, and tiles in double.
 template <DensityKernel kernel, class C>
-__global__ void __launch_bounds__(kThreads, 4) density_scan(Density<C> density) {
+__global__ void __launch_bounds__(kThreads, kScanBlocks<C>) density_scan(Density<C> density) {
   constexpr int kPiece = 16 / sizeof(C);  // points
   // Those of the tile under way, and of the one before, which others may still read.
   __shared__ SharedArray<C, 2 * kFewDims * kTilePoints> coordinates;

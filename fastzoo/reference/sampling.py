@@ -87,7 +87,7 @@ def voxel_grid_rows(
 ) -> tuple[Tensor, Tensor]:
     """The cell of each row, numbered in order of first appearance, and the first row of each."""
     count = points.shape[0]
-    cells = torch.floor((points.to(size.dtype) - start) / size) + 0.0  # -0 is 0
+    cells = torch.floor((points.to(size.dtype) - start) / size)
     rows = torch.arange(count, device=points.device)
     cloud = torch.full((count,), -1, device=points.device)
     for number, (first, last) in enumerate(ranges.tolist()):
