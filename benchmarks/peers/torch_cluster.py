@@ -83,7 +83,13 @@ def _voxel_grid(points: Tensor, size: float) -> Callable[[], Any]:
     package = require("torch_cluster")
     edges = points.new_full((points.shape[1],), size)
     start = torch.zeros_like(edges)
-    return lambda: package.grid_cluster(points, edges, start)
+
+    def call() -> Tensor:
+        cells = package.grid_cluster(points, edges, start)
+        voxels: Tensor = torch.unique(cells, return_inverse=True)[1]
+        return voxels
+
+    return call
 
 
 PEER = Implementation(
@@ -94,5 +100,6 @@ PEER = Implementation(
         "sample_farthest_points": _sample_farthest_points,
         "voxel_grid": _voxel_grid,
     },
-    note="in a ball it finds any K points; it numbers cells by place, gaps included",
+    note="in a ball it finds any K points; its cells are numbered by place, with gaps, which"
+    " torch.unique closes, as PyG's pooling does",
 )
