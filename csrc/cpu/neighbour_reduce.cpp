@@ -28,6 +28,8 @@ struct NeighbourReduceInputs {
     args.channels = features.size(2);
     args.centres = neighbours.size(1);
     args.neighbours_each = neighbours.size(2);
+    STD_TORCH_CHECK(neighbours.size(0) == args.clouds, op, ": ", args.clouds,
+                    " clouds of features and ", neighbours.size(0), " of neighbours");
     STD_TORCH_CHECK(args.points < (int64_t{1} << 31), op, ": ", args.points, " points");
     args.features = features.const_data_ptr();
     args.neighbours = static_cast<const int64_t*>(neighbours.const_data_ptr());

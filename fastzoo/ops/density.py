@@ -165,6 +165,10 @@ def inverse_density_scale(density: Tensor, neighbours: Tensor) -> Tensor:
     """
     check_tensor("density", density, "[B, N]", 2)
     check_indices("neighbours", neighbours, "[B, S, K]", 3, density.device)
+    if neighbours.shape[0] != density.shape[0]:
+        raise ValueError(
+            f"neighbours: expected {density.shape[0]} clouds, got {list(neighbours.shape)}"
+        )
     return inverse_scale_with(group_beside(None), density, neighbours)
 
 
@@ -177,6 +181,9 @@ def _check_bandwidth(bandwidth: float | Tensor, points: Tensor) -> None:
                 f"bandwidth: expected one number, or one of each cloud or point {list(rows)}, "
                 f"got {list(bandwidth.shape)}"
             )
+        looks = bandwidth.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and bool((bandwidth <= 0).any()):
+            raise ValueError("bandwidth: expected above 0")
         if bandwidth.device != points.device:
             raise ValueError(
                 f"bandwidth: expected the device of points, {points.device}, got {bandwidth.device}"

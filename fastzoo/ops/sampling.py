@@ -96,12 +96,8 @@ def sample_farthest_points(
         check_count("K", K)
     elif not isinstance(K, Tensor | Sequence) or isinstance(K, str):
         raise TypeError(f"K: expected an int, a list or a tensor, got {type(K).__name__}")
-    elif points.dim() == 3 and len(K) != points.shape[0]:
-        raise ValueError(f"K: expected {points.shape[0]} numbers, one a cloud, got {len(K)}")
     if start is not None:
         check_indices("start", start, "[B]", 1, points.device)
-        if points.dim() == 3 and start.shape[0] != points.shape[0]:
-            raise ValueError(f"start: expected {points.shape[0]} clouds, got {start.shape[0]}")
     farthest = _FARTHEST_POINTS.choose(backend, points.device.type)
     return sample_with(
         farthest,
@@ -149,7 +145,7 @@ def voxel_grid(
 
     Source: Thomas et al., KPConv (2019), section 3.3.
     """
-    _check_grid(points, size, ptr, batch)
+    _check_grid(points, size, start, ptr, batch)
     kernel = _VOXEL_GRID.choose(backend, points.device.type)
     return voxels_with(kernel, points, size, start, ptr=ptr, batch=batch)[0]
 
@@ -178,7 +174,7 @@ def grid_subsample(
 
     Errors, source: as :func:`voxel_grid`.
     """
-    _check_grid(points, size, ptr, batch)
+    _check_grid(points, size, start, ptr, batch)
     if features is not None:
         check_floating("features", features)
         if features.dim() != 2 or features.shape[0] != points.shape[0]:
@@ -192,18 +188,26 @@ def grid_subsample(
     )
 
 
-def _check_grid(points: Tensor, size: Any, ptr: Tensor | None, batch: Tensor | None) -> None:
+def _check_grid(
+    points: Tensor, size: Any, start: Any, ptr: Tensor | None, batch: Tensor | None
+) -> None:
     check_clouds("points", points, None, ptr, batch)
     if points.dim() != 2:
         raise ValueError(f"points: expected packed [N, D], got {list(points.shape)}")
-    sizes = size if isinstance(size, Sequence) else [size]
-    if isinstance(size, Tensor):
-        if size.numel() not in (1, points.shape[1]):
-            raise ValueError(f"size: expected 1 or {points.shape[1]} numbers, got {size.numel()}")
-        return
-    if len(sizes) not in (1, points.shape[1]):
-        raise ValueError(f"size: expected 1 or {points.shape[1]} numbers, got {len(sizes)}")
-    if any(not isinstance(s, float | int) or isinstance(s, bool) for s in sizes):
-        raise TypeError(f"size: expected numbers, got {size!r}")
-    if not all(s > 0 for s in sizes):
+    for name, value in (("size", size), ("start", 0.0 if start is None else start)):
+        if isinstance(value, Tensor):
+            count = value.numel()
+        else:
+            numbers = list(value) if isinstance(value, Sequence) else [value]
+            count = len(numbers)
+            if any(not isinstance(n, float | int) or isinstance(n, bool) for n in numbers):
+                raise TypeError(f"{name}: expected numbers, got {value!r}")
+        if count not in (1, points.shape[1]):
+            raise ValueError(f"{name}: expected 1 or {points.shape[1]} numbers, got {count}")
+    looks = points.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not isinstance(size, Tensor):
+        positive = all(edge > 0 for edge in (size if isinstance(size, Sequence) else [size]))
+    else:
+        positive = not looks or bool((size > 0).all())
+    if not positive:
         raise ValueError(f"size: expected above 0, got {size!r}")

@@ -63,12 +63,19 @@ def sample_with(
     if isinstance(K, int | torch.SymInt):
         most, counts = K, torch.full((size,), K, device=device)
     else:
-        counts = torch.as_tensor(K, dtype=torch.int64, device=device)
+        counts = torch.as_tensor(K, device=device)
+        if counts.shape != (size,):
+            raise ValueError(f"K: expected {size} numbers, one a cloud, got {list(counts.shape)}")
+        if counts.is_floating_point() and size:
+            raise TypeError(f"K: expected whole numbers, got {counts.dtype}")
+        counts = counts.long()
         most = int(counts.max()) if size else 0
     if start is None:
         start = torch.zeros(size, dtype=torch.int64, device=device)
         if random_start_point:
             start = _random_starts(clouds)
+    elif start.shape[0] != size:
+        raise ValueError(f"start: expected {size} clouds, got {start.shape[0]}")
     idx = farthest(clouds.rows, clouds.ranges, start, counts, most)
     if points.dim() == 3:
         return gather(points, idx[..., None])[:, :, 0], idx

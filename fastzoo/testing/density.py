@@ -58,6 +58,7 @@ def invalid() -> Iterator[Invalid]:
     yield Invalid("list", ([1.0], 0.1), {}, TypeError, "points")
     yield Invalid("integers", (points.long(), 0.1), {}, TypeError, "points")
     yield Invalid("bandwidth", (points, 0.0), {}, ValueError, "bandwidth")
+    yield Invalid("bandwidth-below", (points, -torch.ones(1)), {}, ValueError, "bandwidth")
     yield Invalid("bandwidth-word", (points, "scott"), {}, TypeError, "bandwidth")
     yield Invalid("bandwidth-shape", (points, torch.ones(3)), {}, ValueError, "bandwidth")
     yield Invalid("kernel", (points, 0.1), {"kernel": "cosine"}, ValueError, "kernel")

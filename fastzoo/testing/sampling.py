@@ -55,6 +55,10 @@ def farthest_invalid() -> Iterator[Invalid]:
     yield Invalid("K", (points,), {"K": -1}, ValueError, "K: ")
     yield Invalid("K-float", (points,), {"K": 2.5}, TypeError, "K: ")
     yield Invalid("K-list", (points,), {"K": [1]}, ValueError, "K: ")
+    yield Invalid("K-floats", (points,), {"K": [1.5, 2.0]}, TypeError, "K: ")
+    packed, ptr = points[0], torch.tensor([0, 2, 5])
+    yield Invalid("K-packed", (packed,), {"K": [1], "ptr": ptr}, ValueError, "K: ")
+    yield Invalid("start-packed", (packed,), {"start": ptr, "ptr": ptr}, ValueError, "start")
     start = torch.tensor([0])
     yield Invalid("start", (points,), {"start": start}, ValueError, "start")
     yield Invalid("start-floats", (points,), {"start": start / 2}, TypeError, "start")
@@ -140,6 +144,8 @@ def voxel_invalid() -> Iterator[Invalid]:
     yield Invalid("size-word", (points, "big"), {}, TypeError, "size")
     yield Invalid("sizes", (points, [1.0, 2.0]), {}, ValueError, "size")
     yield Invalid("size-tensor", (points, torch.ones(2)), {}, ValueError, "size")
+    yield Invalid("size-below", (points, torch.tensor([-1.0])), {}, ValueError, "size")
+    yield Invalid("start", (points, 1.0), {"start": [0.0, 1.0]}, ValueError, "start")
     yield Invalid("backend", (points, 1.0), {"backend": "gpu"}, ValueError, "backend")
 
 

@@ -163,3 +163,5 @@ def test_inverse_density_scale_is_one_at_the_least_dense() -> None:
     neighbours = torch.tensor([[[0, 1, 2], [3, 0, -1], [-1, -1, -1]]])
     scale = ops.inverse_density_scale(density, neighbours)
     assert scale.tolist() == [[[0.25, 1.0, 0.5], [1.0, 0.125, 0.0], [0.0, 0.0, 0.0]]]
+    with pytest.raises(ValueError, match="neighbours"):
+        ops.inverse_density_scale(density.repeat(2, 1), neighbours)
