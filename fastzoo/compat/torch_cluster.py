@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastzoo import ops
+from fastzoo.reference.clouds import clouds_of, ptr_of
 from fastzoo.reference.precision import compute_dtype
 
 _FLOWS = ("source_to_target", "target_to_source")
@@ -32,22 +33,18 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.double()
 
 
-def _ptr(batch: Tensor, size: int) -> Tensor:
-    return torch.searchsorted(batch, torch.arange(size + 1, device=batch.device))
-
-
 def _clouds(
     batch_x: Tensor | None, batch_y: Tensor | None, batch_size: int | None
 ) -> dict[str, Any]:
     """How a search is told the clouds of y, from which it starts, and of x."""
     given = [batch for batch in (batch_x, batch_y) if batch is not None]
     if batch_size is None:
-        batch_size = max([int(batch[-1]) + 1 for batch in given if batch.numel()], default=1)
+        batch_size = max([1, *map(clouds_of, given)])
     if batch_size == 1:
         return {}
     if batch_x is None or batch_y is None:
         raise ValueError("batch_x, batch_y: expected both of more clouds than one")
-    return {"ptr1": _ptr(batch_y, batch_size), "ptr2": _ptr(batch_x, batch_size)}
+    return {"ptr1": ptr_of(batch_y, batch_size), "ptr2": ptr_of(batch_x, batch_size)}
 
 
 def _at_most(number: int, x: Tensor) -> int:
@@ -174,7 +171,7 @@ def fps(
         first = torch.as_tensor(ptr, device=device)
     elif batch is not None:
         size = (int(batch[-1]) + 1 if batch.numel() else 0) if batch_size is None else batch_size
-        first = _ptr(batch, size)
+        first = ptr_of(batch, size)
     else:
         first = torch.tensor([0, len(points)], device=device)
     if not isinstance(ratio, Tensor):

@@ -369,11 +369,7 @@ def neighbour_reduce(
         RuntimeError: a forced backend that cannot run, with the reason.
     """
     check_choice("reduce", reduce, REDUCTIONS)
-    check_tensor("features", features, "[B, N, C]", 3)
-    check_floating("features", features)
-    check_indices("idx", idx, "[B, S, K]", 3, features.device)
-    if idx.shape[0] != features.shape[0]:
-        raise ValueError(f"idx: expected {features.shape[0]} clouds, got {list(idx.shape)}")
+    _check_rows("features", features, idx)
     if weights is not None:
         check_tensor("weights", weights, "[B, S, K]", 3)
         if weights.shape != idx.shape:
@@ -390,10 +386,15 @@ def group_beside(backend: str | None) -> Callable[[Tensor, Tensor], Tensor]:
     def group(points: Tensor, idx: Tensor) -> Tensor:
         rows, places = (points, idx) if points.dim() == 3 else (points[None], idx[None])
         kernel = _NEIGHBOUR_REDUCE.beside(backend, points.device.type)
-        found = reduce_with(kernel, rows, places.flatten(1)[..., None])
-        return found.view(*idx.shape, rows.shape[-1])
+        return _group(kernel, rows, places).view(*idx.shape, rows.shape[-1])
 
     return group
+
+
+def _group(kernel: Any, points: Tensor, idx: Tensor) -> Tensor:
+    """A gather is a sum over one neighbour."""
+    found = reduce_with(kernel, points, idx.flatten(1)[..., None])
+    return found.view(*idx.shape, points.shape[-1])
 
 
 def sum_at_neighbours(values: Tensor, neighbours: Tensor, points: Tensor) -> Tensor:
@@ -414,10 +415,8 @@ def group_points(points: Tensor, idx: Tensor, *, backend: str | None = None) -> 
 
     Gradient: to ``points``, added up in a fixed order over the inverse list.
     """
-    check_indices("idx", idx, "[B, S, K]", 3, idx.device if isinstance(idx, Tensor) else "cpu")
-    clouds, centres, k = idx.shape
-    rows = neighbour_reduce(points, idx.reshape(clouds, centres * k, 1), backend=backend)
-    return rows.view(clouds, centres, k, points.shape[-1])
+    _check_rows("points", points, idx)
+    return _group(_NEIGHBOUR_REDUCE.choose(backend, points.device.type), points, idx)
 
 
 def three_interpolate(
@@ -461,6 +460,14 @@ def edge_features(x: Tensor, idx: Tensor, *, backend: str | None = None) -> Tens
         return group_points(points, neighbours, backend=backend)
 
     return edges_with(group, x, idx)
+
+
+def _check_rows(name: str, features: Tensor, idx: Tensor) -> None:
+    check_tensor(name, features, "[B, N, C]", 3)
+    check_floating(name, features)
+    check_indices("idx", idx, "[B, S, K]", 3, features.device)
+    if idx.shape[0] != features.shape[0]:
+        raise ValueError(f"idx: expected {features.shape[0]} clouds, got {list(idx.shape)}")
 
 
 def _check_edges(xyz: Tensor, centres: Tensor, neighbours: Tensor) -> None:

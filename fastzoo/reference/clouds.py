@@ -39,8 +39,7 @@ def as_clouds(
         ranges = torch.stack([start, end], 1)
         return Clouds(points.reshape(-1, dim), ranges, longest, (clouds, longest))
     if batch is not None:
-        clouds = clouds_of(batch) if size is None else size
-        ptr = torch.searchsorted(batch, torch.arange(clouds + 1, device=device))
+        ptr = ptr_of(batch, clouds_of(batch) if size is None else size)
     if ptr is None:
         ptr = torch.arange(2, device=device) * points.shape[0]
     ranges = torch.stack([ptr[:-1], ptr[1:]], 1)
@@ -52,11 +51,21 @@ def clouds_of(batch: Tensor) -> int:
     return int(batch[-1]) + 1 if batch.numel() else 0
 
 
-def first_rows(clouds: Clouds, like: Clouds) -> Tensor:
-    """For each row of ``clouds``, the first row of the same cloud of ``like``; int64 ``[N]``."""
+def ptr_of(batch: Tensor, size: int) -> Tensor:
+    """The first row of each of ``size`` clouds, and the end."""
+    return torch.searchsorted(batch, torch.arange(size + 1, device=batch.device))
+
+
+def cloud_of_rows(clouds: Clouds) -> Tensor:
+    """Which cloud each row is of, int64 ``[N]``; a row of none counts to one beside it."""
     rows = torch.arange(clouds.rows.shape[0], device=clouds.ranges.device)
     cloud = torch.searchsorted(clouds.ranges[:, 1].contiguous(), rows, right=True)
-    return like.ranges[cloud.clamp(max=max(0, len(clouds.ranges) - 1)), 0]
+    return cloud.clamp(max=max(0, len(clouds.ranges) - 1))
+
+
+def first_rows(clouds: Clouds, like: Clouds) -> Tensor:
+    """For each row of ``clouds``, the first row of the same cloud of ``like``; int64 ``[N]``."""
+    return like.ranges[cloud_of_rows(clouds), 0]
 
 
 def rows_at(x: Tensor, idx: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastzoo.reference.clouds import as_clouds, rows_at
-from fastzoo.reference.neighbours import distance_matrix
+from fastzoo.reference.clouds import as_clouds, cloud_of_rows, rows_at
+from fastzoo.reference.neighbours import distance_matrix, distances_between
 from fastzoo.reference.precision import compute_dtype
 
 
@@ -122,9 +122,7 @@ def density_with(
     elif len(sizes) == 1:
         count = sizes
     else:
-        rows = torch.arange(clouds.rows.shape[0], device=points.device)
-        cloud = torch.searchsorted(clouds.ranges[:, 1].contiguous(), rows, right=True)
-        count = sizes[cloud.clamp(max=max(0, len(sizes) - 1))]
+        count = sizes[cloud_of_rows(clouds)]
     # In float64 and rounded once: these few numbers multiply every term.
     width = torch.as_tensor(bandwidth, dtype=torch.float64, device=points.device)
     if points.dim() == 3 and width.dim() == 1:
@@ -163,10 +161,7 @@ def _listed(
     """The sums over a list of neighbours alone."""
     rows = torch.cat([points.to(scale.dtype), scale[..., None], weight[..., None]], -1)
     listed = gather(rows, neighbours)
-    apart = queries[..., None, :].to(scale.dtype) - listed[..., :-2]
-    distances = apart[..., 0] * apart[..., 0]
-    for d in range(1, apart.shape[-1]):
-        distances = distances + apart[..., d] * apart[..., d]
+    distances = distances_between(queries[..., None, :].to(scale.dtype), listed[..., :-2])
     terms = listed[..., -1] * profile(listed[..., -2] * distances, kernel)
     sums = torch.where(neighbours < 0, 0, terms).sum(-1)
     if lengths is not None:

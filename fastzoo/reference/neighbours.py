@@ -15,16 +15,24 @@ Gather = Callable[[Tensor, Tensor], Tensor]
 
 
 def distance_matrix(p1: Tensor, p2: Tensor, norm: int = 2) -> Tensor:
-    """``[n, m]``: squared Euclidean distances (norm 2) or sums of absolute differences (norm 1).
+    """``[n, m]`` between ``[n, D]`` and ``[m, D]``."""
+    return distances_between(p1[:, None], p2[None], norm)
+
+
+def distances_between(p1: Tensor, p2: Tensor, norm: int = 2) -> Tensor:
+    """Squared Euclidean distances (norm 2) or sums of absolute differences (norm 1).
 
     Direct differences, added in ascending order of the dimensions, each operation rounded by
     itself: these bits decide who is nearer, on every backend.
     """
-    total = p1.new_zeros(p1.shape[0], p2.shape[0])
-    for d in range(p1.shape[1]):
-        difference = p1[:, None, d] - p2[None, :, d]
-        term = difference * difference if norm == 2 else difference.abs()
-        total = term if d == 0 else total + term
+
+    def term(d: int) -> Tensor:
+        difference = p1[..., d] - p2[..., d]
+        return difference * difference if norm == 2 else difference.abs()
+
+    total = term(0)
+    for d in range(1, p1.shape[-1]):
+        total = total + term(d)
     return total
 
 
