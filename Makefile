@@ -65,5 +65,6 @@ $(VENV)/demo.stamp: requirements/*.txt $(NATIVE_SOURCES) | $(VENV)/bin/python
 
 $(VENV)/test.stamp: requirements/*.txt $(NATIVE_SOURCES) | $(VENV)/bin/python
 	$(PIP) -r requirements/test.txt
+	$(PIP) --no-deps -r requirements/no-deps.txt
 	$(NATIVE_ENV) $(PIP) --no-build-isolation --no-deps -e .
 	touch $@

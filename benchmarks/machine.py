@@ -22,6 +22,8 @@ _PACKAGES = (
     "scikit-learn",
     "vector-quantize-pytorch",
     "torch_cluster",
+    "zuko",
+    "nflows",
     "scipy",
     "numpy",
 )
