@@ -1,0 +1,164 @@
+"""zuko's univariate transformations (1.6) on fastzoo's operators, one kernel for a value and its
+log-derivative.
+
+Names, arguments and shapes are theirs, so that they take the place of zuko's in its flows, and load
+the weights of these::
+
+    from zuko.flows import MAF
+    from fastzoo.compat.zuko import MonotonicRQSTransform
+
+    flow = MAF(16, univariate=MonotonicRQSTransform, shapes=[(8,), (8,), (7,)])
+    flow.load_state_dict(zuko.flows.NSF(16, bins=8).state_dict())
+
+Parameters are read where they lie, as views of what a network gave, and their gradients are
+computed without intermediates of knots or bins. The log-derivative of the last call, in either
+direction, is kept with its arguments for whoever asks for it next; it depends on the parameters and
+on what that call was given, and has no gradient to what the call returned.
+
+Differences: a value on a knot belongs to the bin right of it, which changes nothing but rounding;
+the inverse is finite wherever theirs takes the root of a negative discriminant.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from fastzoo import ops
+
+__all__ = ["MonotonicAffineTransform", "MonotonicRQSTransform"]
+
+
+class _Univariate(Transform):
+    """A monotone map of each element, with parameters of its own.
+
+    Args:
+        parameters: by what the operator calls them.
+        trailing: how many of their dimensions belong to one element.
+    """
+
+    domain = constraints.real
+    codomain = constraints.real
+    bijective = True
+    sign = +1
+
+    def __init__(self, trailing: int, parameters: dict[str, Tensor], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._trailing = trailing
+        self._parameters = parameters
+        # x, y and log |dy/dx| of the last call, and whether gradients were wanted of it.
+        self._last: tuple[Tensor, Tensor, Tensor, bool] | None = None
+
+    def _map(
+        self, x: Tensor, parameters: dict[str, Tensor], inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The operator, elementwise."""
+        raise NotImplementedError
+
+    def _apply(self, given: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        """The other value, and the logarithm of its derivative by the given one."""
+        parameters, dtype = self._parameters, given.dtype
+        shapes = [p.shape[: p.dim() - self._trailing] for p in parameters.values()]
+        shape = torch.broadcast_shapes(given.shape, *shapes)
+        for parameter in parameters.values():
+            dtype = torch.promote_types(dtype, parameter.dtype)
+        # An element alone is a sample of one.
+        x = given.to(dtype).expand(shape).reshape(shape or (1,))
+        found, ladj = self._map(x, {n: p.to(dtype) for n, p in parameters.items()}, inverse)
+        return found.view(shape), ladj.view(shape)
+
+    def _keep(self, x: Tensor, y: Tensor, ladj: Tensor) -> None:
+        self._last = x, y, ladj, torch.is_grad_enabled()
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y and log |dy/dx| of each element."""
+        return self._apply(x, False)
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, ladj = self._apply(x, False)
+        self._keep(x, y, ladj)
+        return y
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        x, ladj = self._apply(y, True)
+        self._keep(x, y, -ladj)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._last is not None:
+            last_x, last_y, ladj, with_gradient = self._last
+            if x is last_x and y is last_y and with_gradient == torch.is_grad_enabled():
+                return ladj
+        return self._apply(x, False)[1]
+
+
+class MonotonicAffineTransform(_Univariate):
+    """``zuko.transforms.MonotonicAffineTransform``: ``y = exp(a) x + shift``, with ``a = scale /
+    (1 + |scale / log slope|)``.
+
+    Args:
+        shift, scale: ``[...]``.
+        slope: the least of the transformation, in (0, 1).
+    """
+
+    def __init__(self, shift: Tensor, scale: Tensor, slope: float = 1e-3, **kwargs: Any) -> None:
+        super().__init__(0, {"shift": shift, "scale": scale}, **kwargs)
+        self._slope = slope
+
+    def _map(
+        self, x: Tensor, parameters: dict[str, Tensor], inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return ops.affine_coupling(
+            x,
+            **parameters,
+            scale_map="softclip",
+            slope=self._slope,
+            inverse=inverse,
+            sum_logdet=False,
+        )
+
+
+class MonotonicRQSTransform(_Univariate):
+    """``zuko.transforms.MonotonicRQSTransform``: a monotone rational-quadratic spline on
+    ``[-bound, bound]``, the identity beyond.
+
+    Args:
+        widths, heights: unconstrained, ``[..., K]``.
+        derivatives: unconstrained, at the knots inside, ``[..., K - 1]``.
+        bound: half of the interval's length.
+        slope: the least of the transformation, in (0, 1).
+    """
+
+    def __init__(
+        self,
+        widths: Tensor,
+        heights: Tensor,
+        derivatives: Tensor,
+        bound: float = 5.0,
+        slope: float = 1e-3,
+        **kwargs: Any,
+    ) -> None:
+        parameters = {"widths": widths, "heights": heights, "derivatives": derivatives}
+        super().__init__(1, parameters, **kwargs)
+        self._bound, self._slope = bound, slope
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(bins={self.bins})"
+
+    @property
+    def bins(self) -> int:
+        return self._parameters["widths"].shape[-1]
+
+    def _map(
+        self, x: Tensor, parameters: dict[str, Tensor], inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        return ops.rational_quadratic_spline(
+            x,
+            **parameters,
+            bound=self._bound,
+            slope=self._slope,
+            convention="zuko",
+            inverse=inverse,
+            sum_logdet=False,
+        )
