@@ -30,6 +30,22 @@ from fastzoo import ops
 __all__ = ["MonotonicAffineTransform", "MonotonicRQSTransform"]
 
 
+class _Call:
+    """x, y and ``log |dy/dx|`` of one call, in either direction."""
+
+    def __init__(self, x: Tensor, y: Tensor, ladj: Tensor) -> None:
+        self.x, self.y, self.ladj = x, y, ladj
+        self._when = self._now()
+
+    def _now(self) -> tuple[Any, ...]:
+        """What changes if a tensor is written to, or if gradients begin to be wanted."""
+        versions = (0 if t.is_inference() else t._version for t in (self.x, self.y))
+        return torch.is_grad_enabled(), *versions
+
+    def is_of(self, x: Tensor, y: Tensor) -> bool:
+        return x is self.x and y is self.y and self._when == self._now()
+
+
 class _Univariate(Transform):
     """A monotone map of each element, with parameters of its own.
 
@@ -47,8 +63,7 @@ class _Univariate(Transform):
         super().__init__(**kwargs)
         self._trailing = trailing
         self._parameters = parameters
-        # x, y and log |dy/dx| of the last call, and whether gradients were wanted of it.
-        self._last: tuple[Tensor, Tensor, Tensor, bool] | None = None
+        self._last: _Call | None = None
 
     def _map(
         self, x: Tensor, parameters: dict[str, Tensor], inverse: bool
@@ -68,28 +83,23 @@ class _Univariate(Transform):
         found, ladj = self._map(x, {n: p.to(dtype) for n, p in parameters.items()}, inverse)
         return found.view(shape), ladj.view(shape)
 
-    def _keep(self, x: Tensor, y: Tensor, ladj: Tensor) -> None:
-        self._last = x, y, ladj, torch.is_grad_enabled()
-
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y and log |dy/dx| of each element."""
         return self._apply(x, False)
 
     def _call(self, x: Tensor) -> Tensor:
         y, ladj = self._apply(x, False)
-        self._keep(x, y, ladj)
+        self._last = _Call(x, y, ladj)
         return y
 
     def _inverse(self, y: Tensor) -> Tensor:
         x, ladj = self._apply(y, True)
-        self._keep(x, y, -ladj)
+        self._last = _Call(x, y, -ladj)
         return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        if self._last is not None:
-            last_x, last_y, ladj, with_gradient = self._last
-            if x is last_x and y is last_y and with_gradient == torch.is_grad_enabled():
-                return ladj
+        if self._last is not None and self._last.is_of(x, y):
+            return self._last.ladj
         return self._apply(x, False)[1]
 
 
