@@ -33,6 +33,8 @@ def _line(record: Record) -> str:
     share = "" if record["equal"] == 1 else f", {report.share_text(record['equal'])} right"
     if "deviation" in record:
         share = f", error {record['deviation']:.0e}"
+    if "operators" in record:
+        share += f", {record['operators']:,} operators"
     memory = report.memory_text(record["peak_bytes"])
     return f"{head} {report.time_text(record['seconds']):>9}, {memory}{share}"
 

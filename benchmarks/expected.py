@@ -186,6 +186,20 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor,
     return loss, *total
 
 
+def spline_flow(x: Tensor, *parameters: Tensor, passes: int) -> tuple[Tensor, ...]:
+    """The loss of a step and its gradients, in float64, as one writes it."""
+    wide = tuple(_double_leaf(p) for p in parameters)
+    call = functools.partial(MEASURED["SplineFlow"].eager, x.double(), *wide, passes=passes)
+    return loss_and_gradients(call, wide)()
+
+
+def maf_inverse(z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """Feature after feature, in float64."""
+    wide = (t.double() for t in (z, *parameters))
+    found: tuple[Tensor, Tensor] = MEASURED["MAF"].eager(*wide)
+    return found
+
+
 def layer_over_points(op: str, features: Tensor, grad: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
     """A step of training in float64, as one writes it."""
     args = tuple(
@@ -418,6 +432,7 @@ _FAST: dict[str, Callable[..., Any]] = {
     "knn_points": knn_points,
     "sample_farthest_points": sample_farthest_points,
     "kernel_density": kernel_density,
+    "MAF": maf_inverse,
 }
 _FAST_LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "margin_softmax_loss": margin_softmax_loss,
@@ -426,6 +441,7 @@ _FAST_LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "VectorQuantize": vector_quantize,
     "EdgeConv": functools.partial(layer_over_points, "EdgeConv"),
     "PointConv": functools.partial(layer_over_points, "PointConv"),
+    "SplineFlow": spline_flow,
 }
 
 

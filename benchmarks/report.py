@@ -24,13 +24,14 @@ starts from the same state, and copies that in. Of a lookup in fast precision ea
 near to the best as its documentation says. A peer's neighbour is right where it is as near as the
 right one, or inside the ball, and its voxels may be numbered in another way. Of k-means the inertia
 of the centroids, of the same initial ones after the same rounds, must be within a thousandth of
-that in float64. Times are medians; what a user of a peer does once (building an index, converting
-boxes, compiling) is not counted; a tree over points is built in every call, as fastzoo's is. A
-ratio is a peer's time over fastzoo's: above 1, fastzoo is faster. Memory is the peak beyond the
-inputs and the gradients; on a CPU it is seen every 0.2 ms, so a short call shows none. `floor` is
-the share of the least possible time: the case's operations (of a loss of scores four matrix
-products, the least there is without the logits in memory) at the fastest matrix product that torch
-reaches on the machine, or its bytes at the speed of a copy.
+that in float64. A step of a flow ends with its optimizer, whose learning rate is 0: it does the
+same work, and every step starts alike. Times are medians; what a user of a peer does once (building
+an index, converting boxes, compiling) is not counted; a tree over points is built in every call, as
+fastzoo's is. A ratio is a peer's time over fastzoo's: above 1, fastzoo is faster. Memory is the
+peak beyond the inputs and the gradients; on a CPU it is seen every 0.2 ms, so a short call shows
+none. `floor` is the share of the least possible time: the case's operations (of a loss of scores
+four matrix products, the least there is without the logits in memory) at the fastest matrix product
+that torch reaches on the machine, or its bytes at the speed of a copy.
 
 Measure your own machine with `make bench`, or `python -m fastzoo selftest --bench` where only the
 package is installed.
@@ -126,6 +127,7 @@ def _operator_text(report: Record, op: str) -> str:
         "Peak memory:\n",
         memory,
         _answers_text(report, op, names),
+        *_operators(report, op, names),
         "What fastzoo reaches:\n",
         work,
         *_notes(report, op),
@@ -282,6 +284,16 @@ def ratio_text(ratio: float) -> str:
 
 def memory_text(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB" if size >= 1 << 16 else "< 0.1 MiB"
+
+
+def _operators(report: Record, op: str, names: list[str]) -> list[str]:
+    """How many operators a step dispatches, where they were counted."""
+    if not any("operators" in row for row in report["rows"] if row["op"] == op):
+        return []
+    return [
+        "Operators dispatched in a step, kernels that torch.compile wrote among them:\n",
+        _cells(report, op, names, lambda row: f"{row['operators']:,}"),
+    ]
 
 
 def _answers_text(report: Record, op: str, names: list[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import dispatched
 from benchmarks.expected import compare, expected, expected_loss
 from benchmarks.implementation import Implementation, Loss, Unavailable, first_line
 from benchmarks.peers import PEERS
@@ -113,6 +114,10 @@ class Problem:
         return ", ".join(f"{key} = {value}" for key, value in self.shape.items())
 
 
+def _results(answer: Any) -> tuple[Tensor, ...]:
+    return tuple(t.cpu() for t in (answer if isinstance(answer, tuple) else (answer,)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     problem: Problem
@@ -127,11 +132,21 @@ class Row:
         return prepare(*problem.args, **problem.case.kwargs)
 
     def _of_loss(self, loss: Loss) -> Callable[[], tuple[Tensor, ...]]:
-        case = self.problem.case
+        case, spec = self.problem.case, self.problem.spec
         autocast = case.autocast if loss.autocast else None
-        return loss_and_gradients(
+        call = loss_and_gradients(
             loss.forward, loss.inputs, autocast, case.seeds(*self.problem.args)
         )
+        if isinstance(spec, OpSpec) or spec.optimizer is None:
+            return call
+        optimize = spec.optimizer(loss.inputs)
+
+        def step() -> tuple[Tensor, ...]:
+            found = call()
+            optimize(found[-len(loss.inputs) :])
+            return found
+
+        return step
 
     def call(self) -> Callable[[], Any]:
         """The call, unchecked.
@@ -145,7 +160,7 @@ class Row:
     def checked_call(self) -> tuple[Callable[[], Any], dict[str, float]]:
         """The call to time, and how right it is: ``equal``, its share of right answers, and of a
         loss, or where the case allows some, ``deviation``, its and its gradients' largest relative
-        error.
+        error. Of a step with an optimizer also ``operators``, how many it dispatches.
 
         Raises:
             Unavailable: it cannot run here.
@@ -154,11 +169,15 @@ class Row:
         prepared = self._prepare()
         if isinstance(prepared, Loss):
             call = self._of_loss(prepared)
-            return call, {"equal": 1.0, "deviation": self._checked_deviation(prepared, call())}
+            found = {"equal": 1.0, "deviation": self._checked_deviation(prepared, call())}
+            if isinstance(self.problem.spec, Workload) and self.problem.spec.optimizer:
+                call()  # which allocates what an optimizer keeps
+                found["operators"] = dispatched.count(call)
+            return call, found
         problem = self.problem
         allowed = problem.case.tolerance(*problem.args, **problem.case.kwargs)
         if allowed:
-            off = deviation((prepared().cpu(),), (problem.right,))
+            off = deviation(_results(prepared()), _results(problem.right))
             self._require(off, allowed)
             return prepared, {"equal": 1.0, "deviation": off}
         exact, share = compare(

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastzoo
-from fastzoo import nn, ops
+from fastzoo import nn, ops, reference
+from fastzoo.nn import flows
 from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
 from fastzoo.testing.pointconv import random_edges
 from fastzoo.testing.vq import VQ_NEAREST, VQ_QUANTIZE, VQ_STATISTICS, random_codes
@@ -32,6 +35,8 @@ class Workload:
         eager: the same as one writes it in PyTorch, of the same arguments.
         eager_bytes: as that of an operator.
         benchmarks: its cases.
+        optimizer: of what the gradients are taken of: what a call ends with, given them. Then the
+            operators that a call dispatches are counted, too.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Workload:
     eager: Callable[..., Any]
     eager_bytes: Callable[..., float]
     benchmarks: tuple[BenchmarkCase, ...]
+    optimizer: Callable[[tuple[Tensor, ...]], Callable[[tuple[Tensor, ...]], object]] | None = None
 
 
 def prepared(work: OpSpec | Workload, backend: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
@@ -428,6 +434,171 @@ POINTCONV_LAYER = Workload(
 )
 
 
+# --- flows: a step of training, and the inverse of an autoregressive map --------------------------
+
+BINS, BOUND, SLOPE = 8, 5.0, 1e-3
+
+
+def adopt(module: torch.nn.Module, tensors: Sequence[Tensor]) -> Any:
+    """The module on the device of these tensors, which are its parameters in its order of them."""
+    module.to(tensors[0].device)
+    names = [name for name, _ in module.named_parameters()]
+    for name, tensor in zip(names, tensors, strict=True):
+        path, _, last = name.rpartition(".")
+        module.get_submodule(path)._parameters[last] = tensor  # type: ignore[assignment]
+    return module
+
+
+def masked_network(
+    x: Tensor, parameters: Sequence[Tensor], multiplier: int, passes: int, *, descending: bool
+) -> Tensor:
+    """Of two hidden layers, whose outputs ``[B, D, multiplier]`` for a feature see those before."""
+    w1, b1, w2, b2, w3, b3 = parameters
+    steps = torch.arange(x.shape[1], device=x.device) // -(-x.shape[1] // passes)
+    steps = steps.flip(0) if descending else steps
+    first, second = (1 + torch.arange(len(w), device=x.device) % (passes - 1) for w in (w1, w2))
+    hidden = F.relu(F.linear(x, w1 * (first[:, None] > steps), b1))
+    hidden = F.relu(F.linear(hidden, w2 * (second[:, None] >= first), b2))
+    seen = steps.repeat_interleave(multiplier)[:, None] >= second
+    return F.linear(hidden, w3 * seen, b3).unflatten(1, (x.shape[1], multiplier))
+
+
+def _networks(features: int, hidden: int, multiplier: int, *, layers: int = 1) -> list[Tensor]:
+    """The parameters of masked networks, such that what they give is no identity."""
+    widths = (features, hidden, hidden, features * multiplier)
+    linears = [torch.nn.Linear(*pair) for _ in range(layers) for pair in itertools.pairwise(widths)]
+    return [0.5 * p for p in _parameters(torch.nn.Sequential(*linears))]
+
+
+def _spline_flow(x: Tensor, *parameters: Tensor, passes: int) -> Callable[[], Tensor]:
+    features, hidden = x.shape[1], (len(parameters[0]), len(parameters[2]))
+    layers = [
+        flows.MaskedAutoregressive(
+            features,
+            hidden,
+            univariate="spline",
+            order=torch.arange(features).flip(0) if layer % 2 else None,
+            passes=passes,
+            bins=BINS,
+            bound=BOUND,
+            slope=SLOPE,
+            convention="zuko",
+        )
+        for layer in range(len(parameters) // 6)
+    ]
+    flow = adopt(flows.Flow(layers, flows.StandardNormal(features)), parameters)
+    return lambda: -flow.log_prob(x).mean()
+
+
+def _eager_spline_flow(x: Tensor, *parameters: Tensor, passes: int) -> Tensor:
+    total = x.new_zeros(len(x))
+    for layer in range(len(parameters) // 6):
+        own = parameters[6 * layer : 6 * layer + 6]
+        found = masked_network(x, own, 3 * BINS - 1, passes, descending=layer % 2 == 1)
+        x, logdet = reference.rational_quadratic_spline(
+            x, found, bound=BOUND, slope=SLOPE, convention="zuko"
+        )
+        total = total + logdet
+    return ((0.5 * x.square() + 0.5 * math.log(2 * math.pi)).sum(1) - total).mean()
+
+
+def _flow_inputs(
+    device: str, batch: int, features: int, layers: int, hidden: int
+) -> tuple[Tensor, ...]:
+    x = random_codes(batch, 1, features)[0]
+    found = x, *_networks(features, hidden, 3 * BINS - 1, layers=layers)
+    return tuple(t.to(device) for t in found)
+
+
+def _adam(parameters: tuple[Tensor, ...]) -> Callable[[tuple[Tensor, ...]], object]:
+    """With a learning rate of 0, which takes as long and changes nothing."""
+    optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
+
+    def step(gradients: tuple[Tensor, ...]) -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    return step
+
+
+def _flow_case(name: str, passes: int) -> BenchmarkCase:
+    return BenchmarkCase(
+        name=f"train step, 4096 x 16, 10 layers, {name}",
+        shape={"batch": 4096, "features": 16, "layers": 10, "hidden": 64},
+        make=_flow_inputs,
+        kwargs={"passes": passes},
+        # The networks' products, and as many again for each of the gradients.
+        flops=lambda x, *parameters, passes: 6.0 * len(x) * sum(p.numel() for p in parameters),
+        bytes=lambda x, *parameters, passes: 16.0 * sum(p.numel() for p in parameters),
+        gradients=tuple(range(1, 61)),
+        # Of a value within rounding of where a rectifier turns, the gradient goes another way.
+        tolerance=lambda *args, **kwargs: 5e-3,
+    )
+
+
+SPLINE_FLOW = Workload(
+    "SplineFlow",
+    "rational_quadratic_spline",
+    _spline_flow,
+    _eager_spline_flow,
+    # Per spline a dozen tables of knots, kept for the backward.
+    lambda x, *parameters: 48.0 * 3 * BINS * x.numel() * len(parameters) / 6,
+    (_flow_case("2 passes", 2), _flow_case("autoregressive", 16)),
+    _adam,
+)
+
+
+def _maf_inverse(z: Tensor, *parameters: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    hidden = len(parameters[0]), len(parameters[2])
+    layer = adopt(flows.MaskedAutoregressive(z.shape[1], hidden, slope=SLOPE), parameters)
+
+    def call() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            found: tuple[Tensor, Tensor] = layer.inverse(z)
+        return found
+
+    return call
+
+
+def _eager_maf_inverse(z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole network once for each feature."""
+    x, features = torch.zeros_like(z), z.shape[1]
+    for _ in range(features):
+        shift, scale = masked_network(x, parameters, 2, features, descending=False).unbind(2)
+        a = scale / (1 + (scale / math.log(SLOPE)).abs())
+        x = (z - shift) * torch.exp(-a)
+    return x, -a.sum(1)
+
+
+MAF_INVERSE = Workload(
+    "MAF",
+    "autoregressive_inverse",
+    _maf_inverse,
+    _eager_maf_inverse,
+    lambda *args: 0.0,
+    (
+        BenchmarkCase(
+            name="inverse, 1024 x 64, hidden 256, 256",
+            shape={"batch": 1024, "features": 64, "hidden": 256},
+            make=lambda device, batch, features, hidden: tuple(
+                t.to(device)
+                for t in (
+                    random_codes(batch, 1, features)[0],
+                    *_networks(features, hidden, 2),
+                )
+            ),
+            kwargs={},
+            # Each weight once a sample, about half of them being masked.
+            flops=lambda z, *parameters: float(len(z) * sum(p.numel() for p in parameters)),
+            bytes=lambda z, *parameters: 8.0 * z.numel() + 4.0 * sum(p.numel() for p in parameters),
+            # 64 roundings, each of which goes through the networks of all features after it.
+            tolerance=lambda *args: 1e-4,
+        ),
+    ),
+)
+
+
 def _also(spec: OpSpec, *cases: BenchmarkCase) -> OpSpec:
     return dataclasses.replace(spec, benchmarks=spec.benchmarks + cases)
 
@@ -444,7 +615,16 @@ def _option(spec: OpSpec, case: str, **kwargs: Any) -> BenchmarkCase:
     )
 
 
-_WORKLOADS = (QUANTIZE, VECTOR_QUANTIZE, STATISTICS, KMEANS, EDGE_CONV, POINTCONV_LAYER)
+_WORKLOADS = (
+    QUANTIZE,
+    VECTOR_QUANTIZE,
+    STATISTICS,
+    KMEANS,
+    EDGE_CONV,
+    POINTCONV_LAYER,
+    SPLINE_FLOW,
+    MAF_INVERSE,
+)
 MEASURED: dict[str, OpSpec | Workload] = {
     **{name: spec for name, spec in SPECS.items() if spec.benchmarks},
     "vq_nearest": _also(

@@ -56,14 +56,14 @@ def arguments(
     """Inputs, of an unconstrained spline also outside, and parameters, exact in the dtype."""
     generator = torch.Generator().manual_seed(0)
     low, high = interval(name, options, inverse)
-    share = torch.rand(*shape, generator=generator, dtype=torch.float64)
+    share = torch.rand(shape, generator=generator, dtype=torch.float64)
     extra = -1
     if name.startswith("unconstrained"):
         share = 1.4 * share - 0.2
     else:
         extra = 1
     parameters = [
-        scale * torch.randn(*shape, size, generator=generator, dtype=torch.float64)
+        scale * torch.randn((*shape, size), generator=generator, dtype=torch.float64)
         for size in (BINS, BINS, BINS + extra)
     ]
     return [t.to(dtype) for t in (low + (high - low) * share, *parameters)]

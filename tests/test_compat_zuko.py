@@ -53,12 +53,17 @@ def near(found: Tensor, right: Tensor, allowed: float) -> None:
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def parameters(name: str, *shape: int, scale: float = 1.0) -> list[Tensor]:
     trailing = RQS_SHAPES if name == "rqs" else [(), ()]
     return [drawn(*shape, *own, seed=i + 1, scale=scale) for i, own in enumerate(trailing)]
+
+
+def widened(x: Tensor, parameters: tuple[int, ...]) -> Tensor:
+    """Their log-derivatives want elements that are as many as the parameters."""
+    return x.double().expand(torch.broadcast_shapes(x.shape, parameters))
 
 
 def both(name: str, given: list[Tensor], dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
@@ -146,7 +151,7 @@ def test_values_and_gradients_are_theirs(
     x = drawn(*shapes[0], seed=9, scale=2.5).to(dtype)
     for call in ("call_and_ladj", "inv"):
         got = (our.inv if call == "inv" else our).call_and_ladj(x)
-        right = (their.inv if call == "inv" else their).call_and_ladj(x.double())
+        right = (their.inv if call == "inv" else their).call_and_ladj(widened(x, shapes[1]))
         for mine, want in zip(got, right, strict=True):
             assert mine.dtype == dtype
             near(mine, want.expand(mine.shape), 4 * ALLOWED[dtype])
@@ -158,7 +163,8 @@ def test_values_and_gradients_are_theirs(
         for kind, values, inputs in ((1, given, x), (0, wide, x.double())):
             leaf = inputs.detach().requires_grad_()
             transform = PAIRS[name][kind](*values)
-            y, ladj = (transform.inv if inverse else transform).call_and_ladj(leaf)
+            wide_leaf = leaf if kind else widened(leaf, shapes[1])
+            y, ladj = (transform.inv if inverse else transform).call_and_ladj(wide_leaf)
             loss = (torch.sin(y) + 0.3 * ladj * torch.cos(y)).sum()
             found.append(torch.autograd.grad(loss, [leaf, *values]))
         for mine, want in zip(*found, strict=True):

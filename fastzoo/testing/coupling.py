@@ -231,14 +231,14 @@ def _case(rows: int, columns: int, *, backward: bool = False) -> BenchmarkCase:
         shape={"rows": rows, "columns": columns},
         make=make,
         kwargs={"map": "tanh", "constant": 2.0},
-        flops=lambda x, *_: (60.0 if backward else 30.0) * x.numel(),
-        bytes=lambda x, *_: streams * x.element_size() * x.numel(),
+        flops=lambda x, *_, **__: (60.0 if backward else 30.0) * x.numel(),
+        bytes=lambda x, *_, **__: streams * x.element_size() * x.numel(),
         gradients=(0, 1, 2) if backward else (),
         seeds=lambda x, *_: (
             values(*x.shape, seed=8, device=str(x.device)),
             values(x.shape[0], seed=9, device=str(x.device)),
         ),
-        tolerance=lambda x, *_: 64 * 2.0**-24,
+        tolerance=lambda x, *_, **__: 64 * 2.0**-24,
     )
 
 

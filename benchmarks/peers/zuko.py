@@ -1,0 +1,60 @@
+"""zuko: its transformations, made anew in every call as its flows do; its flows, eager and through
+torch.compile; the inverse of an autoregressive map, a pass of the network for each feature."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.implementation import Implementation, Loss, require
+from benchmarks.workloads import BINS, SLOPE, adopt
+
+
+def _flow(x: Tensor, parameters: Sequence[Tensor], kind: str, **options: Any) -> Any:
+    flows = require("zuko.flows")
+    hidden = len(parameters[0]), len(parameters[2])
+    layers = len(parameters) // 6
+    return adopt(
+        getattr(flows, kind)(x.shape[1], transforms=layers, hidden_features=hidden, **options),
+        parameters,
+    )
+
+
+def _spline_flow(compiled: bool, x: Tensor, *parameters: Tensor, passes: int) -> Loss:
+    flow = _flow(x, parameters, "NSF", bins=BINS, slope=SLOPE, passes=passes)
+
+    def call() -> Tensor:
+        found: Tensor = -flow().log_prob(x).mean()
+        return found
+
+    if compiled:
+        # So that the profiler, which counts operators, sees its kernels.
+        options = {"cpp.enable_kernel_profile": True}
+        return Loss(torch.compile(call, dynamic=False, options=options), parameters)
+    return Loss(call, parameters)
+
+
+def _maf_inverse(z: Tensor, *parameters: Tensor) -> Callable[[], Any]:
+    flow = _flow(z, parameters, "MAF")
+
+    def call() -> Any:
+        with torch.no_grad():
+            return flow().transform.inv.call_and_ladj(z)
+
+    return call
+
+
+PEER = Implementation(
+    "zuko",
+    {
+        "SplineFlow": functools.partial(_spline_flow, False),
+        "MAF": _maf_inverse,
+    },
+)
+COMPILED = Implementation(
+    "zuko compiled",
+    {"SplineFlow": functools.partial(_spline_flow, True)},
+    note="its flow's log_prob through torch.compile",
+)
