@@ -454,6 +454,7 @@ def masked_network(
 ) -> Tensor:
     """Of two hidden layers, whose outputs ``[B, D, multiplier]`` for a feature see those before."""
     w1, b1, w2, b2, w3, b3 = parameters
+    passes = min(passes, x.shape[1])
     steps = torch.arange(x.shape[1], device=x.device) // -(-x.shape[1] // passes)
     steps = steps.flip(0) if descending else steps
     first, second = (1 + torch.arange(len(w), device=x.device) % (passes - 1) for w in (w1, w2))

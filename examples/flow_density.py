@@ -15,10 +15,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib import pyplot
+from sklearn.base import TransformerMixin
 from sklearn.datasets import load_breast_cancer, make_moons
+from sklearn.decomposition import PCA
 from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import fastzoo
@@ -34,27 +38,31 @@ OUTPUT = Path(__file__).parent.parent / "docs" / "images" / "flow-density.png"
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Standardised samples ``[N, D]``."""
+    """Samples ``[N, D]``."""
 
     train: Tensor
     validation: Tensor
     test: Tensor
 
 
-def parted(samples: object, validation: int, test: int) -> Data:
-    every = torch.as_tensor(samples, dtype=torch.float32)
-    rest, tested = train_test_split(every, test_size=test, random_state=0)
+def parted(samples: np.ndarray, validation: int, test: int, scaler: TransformerMixin) -> Data:
+    rest, tested = train_test_split(samples, test_size=test, random_state=0)
     known, chosen = train_test_split(rest, test_size=validation, random_state=0)
-    mean, deviation = known.mean(0), known.std(0)
-    return Data(*((part - mean) / deviation for part in (known, chosen, tested)))
+    scaler.fit(known)
+    parts = (torch.from_numpy(scaler.transform(part)) for part in (known, chosen, tested))
+    return Data(*(part.float() for part in parts))
 
 
 def moons() -> Data:
-    return parted(make_moons(6000, noise=0.07, random_state=0)[0], 1000, 1000)
+    samples, _ = make_moons(6000, noise=0.07, random_state=0)
+    return parted(samples, 1000, 1000, StandardScaler())
 
 
 def tumours() -> Data:
-    return parted(load_breast_cancer().data, 100, 100)
+    # Measurements of one another's multiples: standardised along their principal axes.
+    return parted(
+        StandardScaler().fit_transform(load_breast_cancer().data), 100, 100, PCA(whiten=True)
+    )
 
 
 def real_nvp(features: int) -> flows.Flow:

@@ -33,7 +33,13 @@ BOXES = {"n": 60}
 FACES = {"n": 9, "classes": 40, "dim": 8}
 PAIRS = {"n": 12, "dim": 8}
 # Peers that compile for a while.
-COMPILED = {"scalar loop", "coordinate trick", "per-class loop", "torch.compile"}
+COMPILED = {
+    "scalar loop",
+    "coordinate trick",
+    "per-class loop",
+    "torch.compile",
+    "zuko compiled",
+}
 
 
 def _timed(case: str, implementation: str, kind: str, seconds: float) -> dict[str, Any]:
@@ -653,6 +659,9 @@ SMALL = {
     "neighbour_reduce": {"clouds": 2, "n": 30, "k": 4, "channels": 6},
     "EdgeConv": {"clouds": 2, "n": 30, "k": 4, "channels": 6},
     "PointConv": {"clouds": 2, "n": 30, "s": 8, "k": 4, "channels": 6},
+    "coupling": {"rows": 20, "columns": 6},
+    "SplineFlow": {"batch": 20, "features": 4, "layers": 2, "hidden": 8},
+    "MAF": {"batch": 20, "features": 5, "hidden": 8},
 }
 
 

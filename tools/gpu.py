@@ -79,6 +79,11 @@ MEASURED = (
     "neighbour_reduce",
     "PointConv",
     "EdgeConv",
+    "coupling",
+    "rational_quadratic_spline",
+    "SplineFlow",
+    "autoregressive_inverse",
+    "MAF",
 )
 
 SHOW_INFO = """

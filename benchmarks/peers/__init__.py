@@ -17,6 +17,7 @@ from benchmarks.peers import (
     torch_compile,
     torchvision,
     vector_quantize,
+    zuko,
 )
 
 PEERS: tuple[Implementation, ...] = (
@@ -32,6 +33,8 @@ PEERS: tuple[Implementation, ...] = (
     vector_quantize.PEER,
     cdist.PEER,
     metric_learning.PEER,
+    zuko.PEER,
+    zuko.COMPILED,
     partial_fc.PEER,
     partial_fc.TENTH,
     linear_cross_entropy.PEER,

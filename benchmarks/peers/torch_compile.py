@@ -34,6 +34,8 @@ def _refuse(reason: str, *_: Any, **__: Any) -> Any:
 _REASONS = {
     **dict.fromkeys(_BRANCHING, "the formula branches on its data: a graph break for every box"),
     "sample_farthest_points": "it would unroll the loop over the points",
+    "SplineFlow": "zuko's flow is compiled in the place of the formula",
+    "MAF": "it would unroll the loop over the features",
     "voxel_grid": "the formula is one sort of torch.unique, at which the graph breaks",
 }
 _PREPARED = {op: functools.partial(_prepare, spec) for op, spec in MEASURED.items()}
