@@ -1,5 +1,6 @@
 """The benchmarks refuse wrong answers, and their report is made from results alone."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import torch
 
 pytest.importorskip("matplotlib")
 
+from benchmarks import dispatched, machine, memory, overhead, report, results, workloads
 from benchmarks import expected as oracle
-from benchmarks import machine, memory, overhead, report, results, workloads
 from benchmarks.__main__ import main
 from benchmarks.expected import compare, expected_loss, vq_nearest
 from benchmarks.implementation import Implementation, Loss, Unavailable, require_memory
@@ -282,6 +283,77 @@ def test_report_of_a_loss(tmp_path: Path) -> None:
     text = (tmp_path / "benchmarks.md").read_text()
     assert "| 9 faces | 2e-06 | 1e-05 |" in text
     assert "- core: has no margin" in text
+
+
+def test_report_of_dispatched_operators(tmp_path: Path) -> None:
+    own = {**_timed("a step", "fastzoo cpu", "auto", 1e-3), "operators": 250, "deviation": 1e-6}
+    peer = {**_timed("a step", "zuko", "peer", 4e-3), "operators": 4042, "deviation": 1e-6}
+    results.save(tmp_path, _report(own, peer), partial=False)
+    report.write(tmp_path, tmp_path / "benchmarks.md")
+    assert "| a step | 250 | 4,042 |" in (tmp_path / "benchmarks.md").read_text()
+    results.save(tmp_path, _report(_timed("1 box", "eager", "peer", 1.0)), partial=False)
+    report.write(tmp_path, tmp_path / "benchmarks.md")
+    assert "Operators dispatched" not in (tmp_path / "benchmarks.md").read_text()
+
+
+def test_operators_are_counted_without_what_they_call() -> None:
+    x, w = torch.randn(3, 4), torch.randn(2, 4)
+    assert dispatched.count(lambda: None) == 0
+    # linear, which calls a transposition and a product, and a sum.
+    assert dispatched.count(lambda: torch.nn.functional.linear(x, w) + 1) == 2
+    w.requires_grad_()
+    # A product, a sum, and of the backward at least a product.
+    assert dispatched.count(lambda: torch.autograd.grad((x @ w.t()).sum(), w)) >= 4
+
+
+def test_a_step_ends_with_its_optimizer() -> None:
+    problem = _problem("SplineFlow", SMALL["SplineFlow"])
+    work = workloads.MEASURED["SplineFlow"]
+    assert isinstance(work, workloads.Workload)
+    taken = []
+
+    def optimizer(parameters: tuple[torch.Tensor, ...]) -> Any:
+        step = work.optimizer(parameters)
+
+        def counting(gradients: tuple[torch.Tensor, ...]) -> None:
+            taken.append([g.shape == p.shape for g, p in zip(gradients, parameters, strict=True)])
+            step(gradients)
+
+        return counting
+
+    watched = dataclasses.replace(problem, spec=dataclasses.replace(work, optimizer=optimizer))
+    before = [p.detach().clone() for p in leaves(watched.args)]
+    formula = lambda *args: work.eager(*args, passes=2)  # noqa: E731
+    record = measure_row(_loss_row(watched, formula), budget=0.001)
+    assert record["operators"] > 100
+    assert len(taken) > 3
+    assert all(len(shapes) == 12 and all(shapes) for shapes in taken)
+    for now, then in zip(leaves(watched.args), before, strict=True):
+        assert torch.equal(now, then)  # so that every step starts alike
+        assert now.grad is not None
+
+
+def test_a_step_of_a_flow_with_a_wrong_gradient_gets_no_time() -> None:
+    problem = _problem("SplineFlow", SMALL["SplineFlow"])
+    work = workloads.MEASURED["SplineFlow"]
+
+    def wrong(x: torch.Tensor, w: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return work.eager(x, _WrongGradient.apply(w), *rest, passes=2)
+
+    assert "wrong answer" in measure_row(_loss_row(problem, wrong), budget=0.001)["error"]
+
+
+def test_all_of_several_results_are_compared() -> None:
+    problem = _problem("coupling", SMALL["coupling"])
+    y, logdet = problem.right
+
+    def measured(answer: Any) -> dict[str, Any]:
+        planted = {"coupling": lambda *_, **__: lambda: answer}
+        return measure_row(Row(problem, Implementation("planted", planted)), budget=0.001)
+
+    assert measured((y, logdet))["deviation"] == 0
+    assert "wrong answer" in measured((y, logdet * 1.001))["error"]
+    assert "wrong answer" in measured((y,))["error"]
 
 
 def test_report_of_several_machines(tmp_path: Path) -> None:

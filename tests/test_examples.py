@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from examples import face_margin, nms_methods, pointconv_integral, vqvae_digits
+from examples import face_margin, flow_density, nms_methods, pointconv_integral, vqvae_digits
 from fastzoo import ops
 
 
@@ -141,3 +141,36 @@ def test_a_convolution_has_to_reach_its_figures() -> None:
     assert pointconv_integral.passed(0.03, 0.1)
     assert not pointconv_integral.passed(0.031, 0.2)
     assert not pointconv_integral.passed(0.01, 0.09)
+
+
+@pytest.mark.parametrize("model", flow_density.MODELS)
+def test_a_flow_learns_through_fused_couplings_as_through_their_definitions(
+    model: str, tmp_path: Path
+) -> None:
+    data = flow_density.moons()
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [4000, 1000, 1000]
+    normal = flow_density.normal_likelihood(data)
+    fused, reference = (
+        flow_density.train(flow_density.MODELS[model], data, steps=50, backend=backend)
+        for backend in ("auto", "reference")
+    )
+    assert abs(fused.test - reference.test) <= 1e-3  # so few steps multiply roundings by little
+    assert fused.test > normal + 0.2
+    output = tmp_path / "density.png"
+    flow_density.draw(data, {model: fused.flow}, output)
+    assert output.stat().st_size > 10_000
+
+
+def test_tumours_are_standardised_by_what_is_trained_with() -> None:
+    data = flow_density.tumours()
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [369, 100, 100]
+    assert torch.allclose(data.train.T.cov(), torch.eye(30), atol=1e-3)
+    assert data.test.std(0).max() > 1.5  # and not by what is tested with
+
+
+def test_densities_have_to_be_alike_and_above_a_normal() -> None:
+    flow = flow_density.real_nvp(2)
+    fused = flow_density.Outcome(flow, -1.5, 1.0)
+    assert flow_density.passed(fused, dataclasses.replace(fused, test=-1.55), normal=-2.0)
+    assert not flow_density.passed(fused, dataclasses.replace(fused, test=-1.7), normal=-2.0)
+    assert not flow_density.passed(fused, fused, normal=-1.6)
