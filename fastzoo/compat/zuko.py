@@ -39,8 +39,10 @@ class _Call:
 
     def _now(self) -> tuple[Any, ...]:
         """What changes if a tensor is written to, or if gradients begin to be wanted."""
-        versions = (0 if t.is_inference() else t._version for t in (self.x, self.y))
-        return torch.is_grad_enabled(), *versions
+        found: list[Any] = [torch.is_grad_enabled()]
+        if not torch.compiler.is_compiling():
+            found += [0 if t.is_inference() else t._version for t in (self.x, self.y)]
+        return tuple(found)
 
     def is_of(self, x: Tensor, y: Tensor) -> bool:
         return x is self.x and y is self.y and self._when == self._now()
