@@ -30,8 +30,8 @@ from fastzoo.nn import flows
 
 LAYERS, HIDDEN, BINS = 6, (64, 64), 8
 BATCH, RATE, STEPS, EVERY = 256, 5e-3, 500, 25
-# How far apart two ways of training may end, in nats: every step multiplies a difference of rounding
-# in the first, and smoothly where the networks are smooth. And by how much a normal has to be beaten.
+# How far apart two ways of training may end, in nats: every step multiplies what rounding made of
+# the first, and little where the networks are smooth. And by how much a normal has to be beaten.
 ALLOWED, LEAST_GAIN = 0.01, 0.5
 OUTPUT = Path(__file__).parent.parent / "docs" / "images" / "flow-density.png"
 
