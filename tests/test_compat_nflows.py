@@ -143,8 +143,10 @@ def test_knots_and_ends(name: str, inverse: bool, dtype: torch.dtype) -> None:
     given[0] = knots.clamp(low, high).to(dtype)
     found = called(mine, name, given, inverse=inverse)
     right = called(theirs, name, [t.double() for t in given], inverse=inverse)
-    for got, want in zip(found, right, strict=True):
-        near(got, want, 10 * ALLOWED[dtype])
+    near(found[0], right[0], ALLOWED[dtype])
+    # A knot of one arithmetic is none of the other, and the logarithm of the derivative changes by
+    # a rounding over the width of the narrowest bin.
+    near(found[1], right[1], 40 * ALLOWED[dtype])
 
 
 def test_what_is_outside_is_refused() -> None:
@@ -196,6 +198,19 @@ def replaced(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(module, name, getattr(mine, name))
 
 
+class Network(nn.Sequential):
+    """A conditioner as nflows calls it."""
+
+    hidden_features = 16
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, outputs))
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        found: Tensor = super().forward(x)
+        return found
+
+
 @pytest.mark.parametrize("tails", [None, "linear"])
 @pytest.mark.parametrize("kind", ["coupling", "autoregressive"])
 def test_their_modules_take_ours(
@@ -205,14 +220,8 @@ def test_their_modules_take_ours(
     torch.manual_seed(0)
     options = {"num_bins": BINS, "tails": tails, "tail_bound": 2.0}
     if kind == "coupling":
-
-        def network(inputs: int, outputs: int) -> nn.Module:
-            layers = nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, outputs))
-            layers.hidden_features = 16
-            return layers
-
         transform = transforms.PiecewiseRationalQuadraticCouplingTransform(
-            [1, 0, 1, 0, 1], network, **options
+            [1, 0, 1, 0, 1], Network, **options
         )
     else:
         masked = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform

@@ -19,6 +19,7 @@ Differences: a value on a knot belongs to the bin right of it, which changes not
 the inverse is finite wherever theirs takes the root of a negative discriminant.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -75,15 +76,19 @@ class _Univariate(Transform):
 
     def _apply(self, given: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """The other value, and the logarithm of its derivative by the given one."""
-        parameters, dtype = self._parameters, given.dtype
-        shapes = [p.shape[: p.dim() - self._trailing] for p in parameters.values()]
+        shapes = [p.shape[: p.dim() - self._trailing] for p in self._parameters.values()]
         shape = torch.broadcast_shapes(given.shape, *shapes)
-        for parameter in parameters.values():
-            dtype = torch.promote_types(dtype, parameter.dtype)
+        x = given if given.shape == shape else given.expand(shape)
+        dtypes = {x.dtype, *(p.dtype for p in self._parameters.values())}
+        parameters = self._parameters
+        if len(dtypes) > 1:
+            dtype = functools.reduce(torch.promote_types, dtypes)
+            x, parameters = x.to(dtype), {name: p.to(dtype) for name, p in parameters.items()}
+        if shape:
+            return self._map(x, parameters, inverse)
         # An element alone is a sample of one.
-        x = given.to(dtype).expand(shape).reshape(shape or (1,))
-        found, ladj = self._map(x, {n: p.to(dtype) for n, p in parameters.items()}, inverse)
-        return found.view(shape), ladj.view(shape)
+        found, ladj = self._map(x[None], parameters, inverse)
+        return found[0], ladj[0]
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y and log |dy/dx| of each element."""
