@@ -202,6 +202,16 @@ def test_couplings_start_as_the_identity(build: Callable[[], Transform]) -> None
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in transform.parameters())
 
 
+def test_orders_are_of_features() -> None:
+    x = data(2, 4, 3)
+    assert torch.equal(Permutation([2, 0, 3, 1])(x)[0], x[:, [2, 0, 3, 1]])
+    assert torch.equal(Reverse()(x)[0], x[:, [3, 2, 1, 0]])
+    drawn = [Permutation.random(9, torch.Generator().manual_seed(5)).order for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert torch.equal(drawn[0].sort().values, torch.arange(9))
+    assert not torch.equal(drawn[0], torch.arange(9))
+
+
 def test_nice_has_the_volume_of_its_scaling() -> None:
     layers = [AdditiveCoupling(MLP(4, 4), split=4 if i % 2 else -4) for i in range(4)]
     transform = stirred(Compose([*layers, Scaling(8)]))
