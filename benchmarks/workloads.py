@@ -16,6 +16,7 @@ from fastzoo import nn, ops, reference
 from fastzoo.nn import flows
 from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
 from fastzoo.testing.pointconv import random_edges
+from fastzoo.testing.splines import RATIONAL_QUADRATIC_SPLINE
 from fastzoo.testing.vq import VQ_NEAREST, VQ_QUANTIZE, VQ_STATISTICS, random_codes
 
 # vector-quantize-pytorch's defaults, of which fastzoo.nn's are the same.
@@ -468,7 +469,7 @@ def _networks(features: int, hidden: int, multiplier: int, *, layers: int = 1) -
     """The parameters of masked networks, such that what they give is no identity."""
     widths = (features, hidden, hidden, features * multiplier)
     linears = [torch.nn.Linear(*pair) for _ in range(layers) for pair in itertools.pairwise(widths)]
-    return [0.5 * p for p in _parameters(torch.nn.Sequential(*linears))]
+    return [0.3 * p for p in _parameters(torch.nn.Sequential(*linears))]
 
 
 def _spline_flow(x: Tensor, *parameters: Tensor, passes: int) -> Callable[[], Tensor]:
@@ -606,13 +607,14 @@ def _also(spec: OpSpec, *cases: BenchmarkCase) -> OpSpec:
 
 def _option(spec: OpSpec, case: str, **kwargs: Any) -> BenchmarkCase:
     known = next(known for known in spec.benchmarks if known.name == case)
-    listed = ", ".join(str(value) for value in kwargs.values())
+    listed = ", ".join(name if value is True else str(value) for name, value in kwargs.items())
     return dataclasses.replace(
         known,
         name=f"{case}, {listed}",
         kwargs=kwargs,
         flops=lambda *args, **_: known.flops(*args),
         bytes=lambda *args, **_: known.bytes(*args),
+        tolerance=lambda *args, **_: known.tolerance(*args),
     )
 
 
@@ -632,6 +634,18 @@ MEASURED: dict[str, OpSpec | Workload] = {
         VQ_NEAREST,
         _option(VQ_NEAREST, "16384 x 8192 x 64", metric="cosine"),
         _option(VQ_NEAREST, "16384 x 8192 x 64", precision="fast"),
+    ),
+    "rational_quadratic_spline": _also(
+        RATIONAL_QUADRATIC_SPLINE,
+        _option(RATIONAL_QUADRATIC_SPLINE, "8192 x 16, K 8", inverse=True),
+        *(
+            _option(RATIONAL_QUADRATIC_SPLINE, f"8192 x 16, K 8{suffix}", convention="zuko", **more)
+            for suffix, more in (
+                ("", {}),
+                (", forward + backward", {}),
+                ("", {"inverse": True}),
+            )
+        ),
     ),
     **{work.name: work for work in _WORKLOADS},
 }

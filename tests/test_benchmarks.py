@@ -322,13 +322,14 @@ def test_a_step_ends_with_its_optimizer() -> None:
         return counting
 
     watched = dataclasses.replace(problem, spec=dataclasses.replace(work, optimizer=optimizer))
-    before = [p.detach().clone() for p in leaves(watched.args)]
+    parameters = leaves(watched.args)
+    before = [p.detach().clone() for p in parameters]
     formula = lambda *args: work.eager(*args, passes=2)  # noqa: E731
     record = measure_row(_loss_row(watched, formula), budget=0.001)
     assert record["operators"] > 100
     assert len(taken) > 3
     assert all(len(shapes) == 12 and all(shapes) for shapes in taken)
-    for now, then in zip(leaves(watched.args), before, strict=True):
+    for now, then in zip(parameters, before, strict=True):
         assert torch.equal(now, then)  # so that every step starts alike
         assert now.grad is not None
 
@@ -732,6 +733,7 @@ SMALL = {
     "EdgeConv": {"clouds": 2, "n": 30, "k": 4, "channels": 6},
     "PointConv": {"clouds": 2, "n": 30, "s": 8, "k": 4, "channels": 6},
     "coupling": {"rows": 20, "columns": 6},
+    "rational_quadratic_spline": {"rows": 20, "columns": 6},
     "SplineFlow": {"batch": 20, "features": 4, "layers": 2, "hidden": 8},
     "MAF": {"batch": 20, "features": 5, "hidden": 8},
 }

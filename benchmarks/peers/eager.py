@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.implementation import Implementation, Loss, require_few_steps, require_memory
 from benchmarks.workloads import MEASURED, Workload
+from fastzoo import reference
 from fastzoo.testing import OpSpec
 from fastzoo.testing.boxes import eager_box_iou
 from fastzoo.testing.detections import eager_multiclass_nms
@@ -72,6 +73,7 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", **_: Any) -> 
 _WITH_OPTIONS: dict[str, Callable[..., Any]] = {
     "matrix_nms": matrix_nms,
     "multiclass_nms": eager_multiclass_nms,
+    "rational_quadratic_spline": reference.rational_quadratic_spline,
     "soft_nms": soft_nms,
     "vq_nearest": vq_nearest,
 }

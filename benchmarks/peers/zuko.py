@@ -8,8 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.implementation import Implementation, Loss, require
+from benchmarks.implementation import Implementation, Loss, Unavailable, require
 from benchmarks.workloads import BINS, SLOPE, adopt
+from fastzoo.testing.losses import leaves
+
+
+def _spline(
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    *,
+    convention: str = "nflows",
+    inverse: bool = False,
+) -> Any:
+    transforms = require("zuko.transforms")
+    if convention != "zuko":
+        raise Unavailable("the case is of nflows' convention")
+
+    def call() -> tuple[Tensor, Tensor]:
+        spline = transforms.MonotonicRQSTransform(widths, heights, derivatives)
+        y, logs = (spline.inv if inverse else spline).call_and_ladj(x)
+        return y, logs.sum(1)
+
+    wanted = leaves((x, widths, heights, derivatives))
+    return Loss(call, wanted) if wanted else call
 
 
 def _flow(x: Tensor, parameters: Sequence[Tensor], kind: str, **options: Any) -> Any:
@@ -49,6 +72,7 @@ def _maf_inverse(z: Tensor, *parameters: Tensor) -> Callable[[], Any]:
 PEER = Implementation(
     "zuko",
     {
+        "rational_quadratic_spline": _spline,
         "SplineFlow": functools.partial(_spline_flow, False),
         "MAF": _maf_inverse,
     },
