@@ -351,7 +351,7 @@ def test_a_flow_keeps_its_state() -> None:
 def test_a_flow_compiles_into_one_graph() -> None:
     flow = stirred(mixture(3)).float()
     x = data(4, 3).float()
-    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")
     wanted, found = flow.log_prob(x), compiled(x)
     torch.testing.assert_close(found, wanted)
     parameters = list(flow.parameters())
