@@ -48,6 +48,11 @@ from fastzoo.reference.margin_softmax import (
     margin_softmax_target,
     margin_softmax_target_backward,
 )
+from fastzoo.reference.masked_linear import (
+    autoregressive_inverse,
+    autoregressive_inverse_backward,
+    autoregressive_inverse_rows,
+)
 from fastzoo.reference.neighbours import (
     ball_query,
     knn_gather,
@@ -95,6 +100,9 @@ from fastzoo.reference.vq import (
 __all__ = [
     "additive_coupling",
     "affine_coupling",
+    "autoregressive_inverse",
+    "autoregressive_inverse_backward",
+    "autoregressive_inverse_rows",
     "ball_query",
     "batched_nms",
     "box_iou",
