@@ -20,6 +20,7 @@ from fastzoo.nn.flows.coupling import (
 from fastzoo.nn.flows.elementwise import BatchNorm, LeakyReLU, Logit, Scaling, SoftClip
 from fastzoo.nn.flows.flow import Flow
 from fastzoo.nn.flows.permutation import Permutation, Reverse
+from fastzoo.nn.flows.planar import Planar, Radial
 from fastzoo.nn.flows.transform import Compose, Inverse, Transform
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "MaskedLinear",
     "MaskedMLP",
     "Permutation",
+    "Planar",
+    "Radial",
     "Reverse",
     "Scaling",
     "SoftClip",
