@@ -735,6 +735,7 @@ SMALL = {
     "coupling": {"rows": 20, "columns": 6},
     "rational_quadratic_spline": {"rows": 20, "columns": 6},
     "SplineFlow": {"batch": 20, "features": 4, "layers": 2, "hidden": 8},
+    "autoregressive_inverse": {"rows": 5},
     "MAF": {"batch": 20, "features": 5, "hidden": 8},
 }
 
