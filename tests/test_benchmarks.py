@@ -40,6 +40,7 @@ COMPILED = {
     "per-class loop",
     "torch.compile",
     "zuko compiled",
+    "zuko compiled, scalar",
 }
 
 

@@ -37,6 +37,7 @@ PEERS: tuple[Implementation, ...] = (
     nflows.PEER,
     zuko.PEER,
     zuko.COMPILED,
+    zuko.SCALAR,
     partial_fc.PEER,
     partial_fc.TENTH,
     linear_cross_entropy.PEER,
