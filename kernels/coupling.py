@@ -101,7 +101,12 @@ def _changing(mask, mask_row, row, column, inside, begin, end):
 
 @triton.jit
 def _scale(
-    s, MAP: tl.constexpr, CONSTANT: tl.constexpr, LOG: tl.constexpr, FLOOR: tl.constexpr, INVERSE: tl.constexpr
+    s,
+    MAP: tl.constexpr,
+    CONSTANT: tl.constexpr,
+    LOG: tl.constexpr,
+    FLOOR: tl.constexpr,
+    INVERSE: tl.constexpr,
 ):
     """The logarithm of the scale, and the scale; or one over it, if INVERSE."""
     if MAP == SOFTPLUS or (MAP == SIGMOID2 and FLOOR != 0):
@@ -133,9 +138,7 @@ def _scale(
 
 
 @triton.jit
-def _slope(
-    s, MAP: tl.constexpr, CONSTANT: tl.constexpr, LOG: tl.constexpr, FLOOR: tl.constexpr
-):
+def _slope(s, MAP: tl.constexpr, CONSTANT: tl.constexpr, LOG: tl.constexpr, FLOOR: tl.constexpr):
     """The derivative of the scale's logarithm by s."""
     if MAP == EXP:
         slope = tl.full(s.shape, 1.0, s.dtype)
@@ -160,7 +163,9 @@ def _slope(
 
 
 @triton.jit
-def _bijection(x, MAP: tl.constexpr, CONSTANT: tl.constexpr, LOG: tl.constexpr, INVERSE: tl.constexpr):
+def _bijection(
+    x, MAP: tl.constexpr, CONSTANT: tl.constexpr, LOG: tl.constexpr, INVERSE: tl.constexpr
+):
     """A map without parameters, and the logarithm of its derivative."""
     if MAP == SOFT_CLIP:
         near = tl.abs(x) / CONSTANT
@@ -193,7 +198,9 @@ def _bijection(x, MAP: tl.constexpr, CONSTANT: tl.constexpr, LOG: tl.constexpr, 
 def _derivatives(x, MAP: tl.constexpr, CONSTANT: tl.constexpr, INVERSE: tl.constexpr):
     """Of a map without parameters, and of the logarithm of its derivative."""
     if MAP == SOFT_CLIP:
-        sign = tl.where(x > 0, 2.0, tl.where(x < 0, -2.0, 0.0)) / tl.full(x.shape, CONSTANT, x.dtype)
+        sign = tl.where(x > 0, 2.0, tl.where(x < 0, -2.0, 0.0)) / tl.full(
+            x.shape, CONSTANT, x.dtype
+        )
         near = tl.abs(x) / CONSTANT
         if INVERSE:
             room = tl.where(near < 1, 1 - near, float("nan"))
@@ -515,3 +522,55 @@ def coupling_backward(
                 **FUSED,
             )
     return grad_x, grad_shift, grad_scale
+
+
+def compile_cases(generation: int) -> list[CompileCase]:
+    tile = tile_of(TILES[_known(generation)], 4096)
+    cases = []
+    for map in MAPS:
+        for type_ in ("fp32", "bf16", "fp64"):
+            has_scale = MAPS[map] < MAPS["additive"]
+            parameters = (("shift",) if has_scale or map == "additive" else ()) + (
+                ("scale",) if has_scale else ()
+            )
+            given = f"*{type_}"
+            computed = "fp64" if type_ == "fp64" else "fp32"
+            log = {} if map == "additive" else {"logdet": f"*{computed}"}
+            shared = {
+                **dict.fromkeys(("x", *parameters), given),
+                "mask": "*u8",
+                **dict.fromkeys(("rows", "parts", "columns", "begin", "end"), "i32"),
+                **dict.fromkeys(("shift_row", "scale_row", "mask_row"), "i32"),
+            }
+            gradients = (f"grad_{name}" for name in ("y", "x", *parameters))
+            for kernel, name, types in (
+                (_coupling_kernel, "coupling", {"y": given, **log}),
+                (
+                    _gradient_kernel,
+                    "coupling-gradient",
+                    {**dict.fromkeys(gradients, given), "grad_logdet": f"*{computed}"},
+                ),
+            ):
+                cases.append(
+                    CompileCase(
+                        name=f"{name}-{map}-{type_}",
+                        kernel=kernel,
+                        types={**shared, **types},
+                        constants={
+                            **_map_constants(map, 0.25, 1e-3),
+                            "shift_column": 1,
+                            "scale_column": 1,
+                            "SHIFT_FIRST": False,
+                            "INVERSE": map in ("softplus", "soft_clip", "leaky_relu"),
+                            "SUM": True,
+                            "COMPUTE": getattr(tl, f"float{computed[2:]}"),
+                            "ALIGN": LARGEST_ALIGNMENT,
+                            "BLOCK_M": tile.rows,
+                            "BLOCK_N": tile.columns,
+                        },
+                        options=FUSED,
+                        vector_loads=True,
+                        fused=True,
+                    )
+                )
+    return cases
