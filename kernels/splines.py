@@ -152,18 +152,21 @@ def _place_in_bin(given, along0, along1, across0, across1, d0, d1, INVERSE: tl.c
         h = along1 - along0
         w = across1 - across0
         s = h / w
-        v = _clamped(given - along0, 0.0, h)
-        bend = v * (d0 + d1 - 2 * s)
-        b = h * d0 - bend
-        c = -s * v
-        square = b * b - 4 * (h * (s - d0) + bend) * c
-        theta = 2 * c / (-b - tl.sqrt(tl.where(square < 0, 0.0, square)))
+        # The root of a quadratic, written so that nothing cancels: th or 1 - th, the lesser.
+        above = _clamped(given - along0, 0.0, h)
+        below = h - above
+        lean = below * d0 - above * d1
+        root = tl.abs(lean) + tl.sqrt(lean * lean + 4 * s * s * above * below)
+        from_low = 2 * s * above / (2 * s * above + root)
+        from_high = 2 * s * below / (2 * s * below + root)
+        theta = tl.where(lean >= 0, from_low, 1 - from_high)
     else:
         w = along1 - along0
         h = across1 - across0
         s = h / w
         theta = (given - along0) / w
-    return w, h, s, _clamped(theta, 0.0, 1.0)
+        theta = _clamped(theta, 0.0, 1.0)
+    return w, h, s, theta
 
 
 @triton.jit(
@@ -388,7 +391,10 @@ def _gradient_kernel(
         of_across0 = of_y - of_h
         of_across1 = of_h
 
-    of_x = tl.where(inside, of_x, outside)
+    if TAIL == NO_TAILS:
+        of_x = tl.where(inside, of_x, 0.0)
+    else:
+        of_x = tl.where(inside, of_x, outside)
     tl.store(grad_x + at, of_x.to(grad_x.dtype.element_ty), mask=there)
     own = row * m + column
     _store_logit_gradient(
