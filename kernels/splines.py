@@ -36,7 +36,8 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-_GPU = Launch(1024, 4)
+# A warp to itself needs no barriers; of 8 bins it has an element a thread.
+_GPU = Launch(256, 1)
 LAUNCHES = {INTERPRETER: Launch(8192, 4), 8: _GPU, 9: _GPU, 10: _GPU}
 
 
@@ -52,7 +53,7 @@ def _place(parts, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _damping(u, LIMIT: tl.constexpr):
     """What zuko's soft clip to LIMIT divides by."""
-    return 1 + tl.abs(u / LIMIT)
+    return 1 + tl.abs(u * (1 / LIMIT))
 
 
 @triton.jit
@@ -74,9 +75,11 @@ def _shares(
     bin = tl.arange(0, BLOCK_K)[None, :]
     u = _logits(at, there, K, COMPUTE, BLOCK_K)
     if BOX[3] is not None:
-        u = u / _damping(u, BOX[3])
-    u = tl.where(bin < K, u, float("-inf"))
-    e = tl.exp(u - tl.max(u, 1)[:, None])
+        u = u / _damping(u, BOX[3])  # too small for an exponential to overflow
+        e = tl.where(bin < K, tl.exp(u), 0.0)
+    else:
+        u = tl.where(bin < K, u, float("-inf"))
+        e = tl.exp(u - tl.max(u, 1)[:, None])
     return e * (1 / tl.sum(e, 1))[:, None]
 
 
@@ -277,7 +280,7 @@ def _store_logit_gradient(
     gradient = shares * (of_share - mean[:, None])
     if BOX[3] is not None:
         damping = _damping(_logits(logits, there, K, COMPUTE, BLOCK_K), BOX[3])
-        gradient /= damping * damping
+        gradient = gradient / (damping * damping)
     gradient = tl.where(inside[:, None], gradient, 0.0)
     mask = there[:, None] & (bin < K)
     tl.store(out[:, None] + bin, gradient.to(out.dtype.element_ty), mask=mask)
