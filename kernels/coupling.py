@@ -352,8 +352,6 @@ def _gradient_kernel(
     if shift is not None:
         places = row * (shift_row * ALIGN) + (column - begin) * shift_column
         t = tl.load(shift + places, mask=changes, other=0.0).to(COMPUTE)
-    own = row * (end - begin) + (column - begin)
-    has_parameters = inside & (column >= begin) & (column < end)
     if scale is not None:
         places = row * (scale_row * ALIGN) + (column - begin) * scale_column
         s = tl.load(scale + places, mask=changes, other=0.0).to(COMPUTE)
@@ -369,18 +367,21 @@ def _gradient_kernel(
             of_shift = through if SHIFT_FIRST else above
             of_scale = through * moved + of_log
         of_scale = tl.where(changes, of_scale * _slope(s, MAP, CONSTANT, LOG, FLOOR), 0.0)
-        tl.store(grad_scale + own, of_scale.to(grad_scale.dtype.element_ty), mask=has_parameters)
     elif MAP == ADDITIVE:
         through = above
         of_shift = -above if INVERSE else above
     else:
         of_y, of_own_log = _derivatives(given, MAP, CONSTANT, INVERSE)
         through = above * of_y + of_log * of_own_log
+    through = tl.where(changes, through, above)
+    tl.store(grad_x + at, through.to(grad_x.dtype.element_ty), mask=inside)
+    own = row * (end - begin) + (column - begin)
+    has_parameters = inside & (column >= begin) & (column < end)
     if shift is not None:
         of_shift = tl.where(changes, of_shift, 0.0)
         tl.store(grad_shift + own, of_shift.to(grad_shift.dtype.element_ty), mask=has_parameters)
-    through = tl.where(changes, through, above)
-    tl.store(grad_x + at, through.to(grad_x.dtype.element_ty), mask=inside)
+    if scale is not None:
+        tl.store(grad_scale + own, of_scale.to(grad_scale.dtype.element_ty), mask=has_parameters)
 
 
 class _Launch:
