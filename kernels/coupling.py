@@ -42,11 +42,12 @@ LOGIT = tl.constexpr(MAPS["logit"])
 
 class Tiles(NamedTuple):
     elements: int  # of a program
-    columns: int  # at most: of a program's part of a row
+    widest: int  # columns
+    narrowest: int
 
 
-_GPU_TILES = Tiles(1024, 1024)
-TILES = {INTERPRETER: Tiles(2048, 128), 8: _GPU_TILES, 9: _GPU_TILES, 10: _GPU_TILES}
+_GPU_TILES = Tiles(1024, 1024, 32)
+TILES = {INTERPRETER: Tiles(2048, 128, 32), 8: _GPU_TILES, 9: _GPU_TILES, 10: _GPU_TILES}
 
 LARGEST_ALIGNMENT = 16  # elements
 
@@ -58,11 +59,15 @@ class Tile(NamedTuple):
 
 
 def tile_of(tiles: Tiles, columns: int) -> Tile:
-    """The widest tile that leaves at most a quarter of its columns without work, or else at least
-    eight columns."""
-    width = min(tiles.columns, triton.next_power_of_2(max(columns, 1)))
-    while width > 8 and triton.cdiv(columns, width) * width > columns * 4 // 3:
-        width //= 2
+    """The widest tile of those with the fewest columns left over, of which up to a third of all
+    counts as none."""
+
+    def covered(width: int) -> int:
+        return triton.cdiv(columns, width) * width
+
+    widest = min(tiles.widest, triton.next_power_of_2(max(columns, 1)))
+    widths = [widest, *(w for i in range(1, 10) if (w := widest >> i) >= tiles.narrowest)]
+    width = max(widths, key=lambda w: (-max(covered(w), columns * 4 // 3), w))
     return Tile(tiles.elements // width, width, max(1, triton.cdiv(columns, width)))
 
 

@@ -464,7 +464,7 @@ class _Call:
         block = triton.next_power_of_2(bins)
         launch = LAUNCHES[max(key for key in LAUNCHES if key <= generation(x))]
         elements = max(1, launch.lanes // block)
-        self.tile = tile_of(Tiles(elements, elements), self.m)
+        self.tile = tile_of(Tiles(elements, elements, 8), self.m)
         self.bins = bins
         self.inverse = inverse
         self.whole = self.m == columns
