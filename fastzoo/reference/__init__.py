@@ -48,6 +48,11 @@ from fastzoo.reference.margin_softmax import (
     margin_softmax_target,
     margin_softmax_target_backward,
 )
+from fastzoo.reference.masked_linear import (
+    autoregressive_inverse,
+    autoregressive_inverse_backward,
+    autoregressive_inverse_rows,
+)
 from fastzoo.reference.neighbours import (
     ball_query,
     knn_gather,
@@ -70,6 +75,11 @@ from fastzoo.reference.pointconv import (
     pointconv_moments_edges,
     three_interpolate,
     three_nn,
+)
+from fastzoo.reference.polynomial_splines import (
+    cubic_spline,
+    linear_spline,
+    quadratic_spline,
 )
 from fastzoo.reference.sampling import (
     farthest_points,
@@ -95,6 +105,9 @@ from fastzoo.reference.vq import (
 __all__ = [
     "additive_coupling",
     "affine_coupling",
+    "autoregressive_inverse",
+    "autoregressive_inverse_backward",
+    "autoregressive_inverse_rows",
     "ball_query",
     "batched_nms",
     "box_iou",
@@ -109,6 +122,7 @@ __all__ = [
     "coupling",
     "coupling_backward",
     "coupling_rows",
+    "cubic_spline",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -125,6 +139,7 @@ __all__ = [
     "knn_gather",
     "knn_points",
     "leaky_relu",
+    "linear_spline",
     "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
@@ -150,6 +165,7 @@ __all__ = [
     "pointconv_moments",
     "pointconv_moments_backward",
     "pointconv_moments_edges",
+    "quadratic_spline",
     "rational_quadratic_spline",
     "rational_quadratic_spline_backward",
     "rational_quadratic_spline_rows",
