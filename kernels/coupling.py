@@ -18,7 +18,7 @@ from fastzoo.reference.precision import compute_dtype
 
 from .elementary import arctan, log1p, sigmoid, softplus, tanh
 from .runtime import FUSED, INTERPRETER, CompileCase, generation, on_device_of
-from .score_tiles import TRITON_TYPES
+from .score_tiles import TRITON_TYPES, known
 
 MAPS = {
     name: number
@@ -96,11 +96,11 @@ def _place(parts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _changing(mask, mask_row, row, column, inside, begin, end):
+def _changing(mask, mask_row, column, inside, begin, end):
     """Which elements of a tile are not passed on as they are."""
     changes = inside & (column >= begin) & (column < end)
     if mask is not None:
-        changes &= tl.load(mask + row * mask_row + (column - begin), mask=changes, other=1) == 0
+        changes &= tl.load(mask + mask_row + (column - begin), mask=changes, other=1) == 0
     return changes
 
 
@@ -273,14 +273,14 @@ def _coupling_kernel(
     begin = begin.to(tl.int64) * ALIGN
     end = end.to(tl.int64) * ALIGN
     inside = (row < rows) & (column < columns)
-    changes = _changing(mask, mask_row * ALIGN, row, column, inside, begin, end)
+    changes = _changing(mask, row * ALIGN * mask_row, column, inside, begin, end)
     at = row * columns + column
     given = tl.load(x + at, mask=inside, other=0.0).to(COMPUTE)
     if shift is not None:
-        places = row * (shift_row * ALIGN) + (column - begin) * shift_column
+        places = row * ALIGN * shift_row + (column - begin) * shift_column
         t = tl.load(shift + places, mask=changes, other=0.0).to(COMPUTE)
     if scale is not None:
-        places = row * (scale_row * ALIGN) + (column - begin) * scale_column
+        places = row * ALIGN * scale_row + (column - begin) * scale_column
         s = tl.load(scale + places, mask=changes, other=0.0).to(COMPUTE)
         log, factor = _scale(s, MAP, CONSTANT, LOG, FLOOR, INVERSE)
         if INVERSE:
@@ -345,7 +345,7 @@ def _gradient_kernel(
     begin = begin.to(tl.int64) * ALIGN
     end = end.to(tl.int64) * ALIGN
     inside = (row < rows) & (column < columns)
-    changes = _changing(mask, mask_row * ALIGN, row, column, inside, begin, end)
+    changes = _changing(mask, row * ALIGN * mask_row, column, inside, begin, end)
     at = row * columns + column
     above = tl.load(grad_y + at, mask=inside, other=0.0).to(COMPUTE)
     if MAP != ADDITIVE:
@@ -355,10 +355,10 @@ def _gradient_kernel(
         else:
             of_log = tl.load(grad_logdet + at, mask=changes, other=0.0)
     if shift is not None:
-        places = row * (shift_row * ALIGN) + (column - begin) * shift_column
+        places = row * ALIGN * shift_row + (column - begin) * shift_column
         t = tl.load(shift + places, mask=changes, other=0.0).to(COMPUTE)
     if scale is not None:
-        places = row * (scale_row * ALIGN) + (column - begin) * scale_column
+        places = row * ALIGN * scale_row + (column - begin) * scale_column
         s = tl.load(scale + places, mask=changes, other=0.0).to(COMPUTE)
         _, factor = _scale(s, MAP, CONSTANT, LOG, FLOOR, INVERSE)
         through = above * factor
@@ -394,7 +394,7 @@ class _Launch:
 
     def __init__(self, x, shift, scale, mask, begin, end, map, constant, floor):
         self.rows, columns = x.shape
-        self.tile = tile_of(TILES[_known(generation(x))], columns)
+        self.tile = tile_of(TILES[known(generation(x))], columns)
         strides = [*_strides(shift), *_strides(scale)]
         mask_row = end - begin if mask.dim() == 2 else 0
         unit = alignment(columns, begin, end, strides[0], strides[2])
@@ -426,10 +426,6 @@ class _Launch:
     @property
     def grid(self) -> tuple[int]:
         return (triton.cdiv(self.rows, self.tile.rows) * self.tile.parts,)
-
-
-def _known(generation: int) -> int:
-    return max(key for key in TILES if key <= generation)
 
 
 def _given(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -531,7 +527,7 @@ def coupling_backward(
 
 
 def compile_cases(generation: int) -> list[CompileCase]:
-    tile = tile_of(TILES[_known(generation)], 4096)
+    tile = tile_of(TILES[known(generation)], 4096)
     cases = []
     for map in MAPS:
         for type_ in ("fp32", "bf16", "fp64"):

@@ -20,7 +20,7 @@ from fastzoo.reference.precision import compute_dtype
 from .coupling import Tiles, alignment, sum_of_parts, tile_of
 from .elementary import sigmoid, softplus
 from .runtime import FUSED, INTERPRETER, CompileCase, generation, on_device_of
-from .score_tiles import TRITON_TYPES
+from .score_tiles import TRITON_TYPES, known
 
 TAILS = {"linear": 0, "circular": 1, "none": 2}
 LINEAR = tl.constexpr(TAILS["linear"])
@@ -36,9 +36,10 @@ class Launch(NamedTuple):
     num_warps: int
 
 
-# A warp to itself needs no barriers; of 8 bins it has an element a thread.
-_GPU = Launch(256, 1)
-LAUNCHES = {INTERPRETER: Launch(8192, 4), 8: _GPU, 9: _GPU, 10: _GPU}
+# By generation, and by the bytes of what is computed in. A warp to itself needs no barriers; of 8
+# bins in float32 it has an element a thread.
+_GPU = {4: Launch(256, 1), 8: Launch(128, 1)}
+LAUNCHES = {INTERPRETER: dict.fromkeys((4, 8), Launch(8192, 4)), 8: _GPU, 9: _GPU, 10: _GPU}
 
 
 @triton.jit
@@ -214,8 +215,8 @@ def _spline_kernel(
     there = (row < rows) & (column < m)
     at = row * n + begin + column
     given = tl.load(x + at, mask=there, other=0.0).to(COMPUTE)
-    along += row * (along_row * ALIGN) + column * (along_column * ALIGN)
-    across += row * (across_row * ALIGN) + column * (across_column * ALIGN)
+    along += row * ALIGN * along_row + column * ALIGN * along_column
+    across += row * ALIGN * across_row + column * ALIGN * across_column
     derivatives += row * derivative_row + column * derivative_column
     shares = _shares(along, there, K, ALONG, COMPUTE, BLOCK_K)
     k = _number(given, shares, K, ALONG, BLOCK_K)
@@ -335,8 +336,8 @@ def _gradient_kernel(
     there = (row < rows) & (column < m)
     at = row * n + begin + column
     given = tl.load(x + at, mask=there, other=0.0).to(COMPUTE)
-    along += row * (along_row * ALIGN) + column * (along_column * ALIGN)
-    across += row * (across_row * ALIGN) + column * (across_column * ALIGN)
+    along += row * ALIGN * along_row + column * ALIGN * along_column
+    across += row * ALIGN * across_row + column * ALIGN * across_column
     derivatives += row * derivative_row + column * derivative_column
     along_shares = _shares(along, there, K, ALONG, COMPUTE, BLOCK_K)
     k = _number(given, along_shares, K, ALONG, BLOCK_K)
@@ -462,7 +463,7 @@ class _Call:
         self.rows, columns = x.shape
         self.m = end - begin
         block = triton.next_power_of_2(bins)
-        launch = LAUNCHES[max(key for key in LAUNCHES if key <= generation(x))]
+        launch = LAUNCHES[known(generation(x))][compute_dtype(x).itemsize]
         elements = max(1, launch.lanes // block)
         self.tile = tile_of(Tiles(elements, elements, 8), self.m)
         self.bins = bins
@@ -646,7 +647,6 @@ def rational_quadratic_spline_backward(
 
 
 def compile_cases(generation: int) -> list[CompileCase]:
-    launch = LAUNCHES[max(key for key in LAUNCHES if key <= generation)]
     cases = []
     for type_, convention, tails, inverse, bins, packed in (
         ("fp32", "nflows", "linear", False, 8, False),
@@ -661,6 +661,7 @@ def compile_cases(generation: int) -> list[CompileCase]:
     ):
         given = f"*{type_}"
         computed = "fp64" if type_ == "fp64" else "fp32"
+        launch = LAUNCHES[known(generation)][8 if type_ == "fp64" else 4]
         derivatives = bins + {"linear": -1, "circular": 0, "none": 1}[tails]
         columns = launch.lanes // bins
         strides = (f"{side}_{axis}" for side in SIDES for axis in ("row", "column"))
