@@ -1,6 +1,7 @@
 """The public operators: checked arguments, one dispatcher operator each, any backend."""
 
 from fastzoo.ops._kmeans import KMeansOutput, kmeans
+from fastzoo.ops._mixing import actnorm, invertible_conv1x1, squeeze, unsqueeze
 from fastzoo.ops.boxes import (
     box_iou,
     box_iou_rotated,
@@ -61,6 +62,7 @@ from fastzoo.reference.margins import (
     Plain,
     SphereFace,
 )
+from fastzoo.reference.mixing import LU
 from fastzoo.reference.neighbours import (
     KNN,
 )
@@ -71,6 +73,7 @@ from fastzoo.reference.vq import VQOutput
 
 __all__ = [
     "KNN",
+    "LU",
     "AdaFace",
     "ArcFace",
     "Combined",
@@ -88,6 +91,7 @@ __all__ = [
     "Plain",
     "SphereFace",
     "VQOutput",
+    "actnorm",
     "ball_query",
     "batched_nms",
     "box_iou",
@@ -104,6 +108,7 @@ __all__ = [
     "group_points",
     "info_nce",
     "inverse_density_scale",
+    "invertible_conv1x1",
     "kernel_density",
     "kmeans",
     "knn_gather",
@@ -124,8 +129,10 @@ __all__ = [
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
     "soft_nms",
+    "squeeze",
     "three_interpolate",
     "three_nn",
+    "unsqueeze",
     "voxel_grid",
     "vq_ema_update_",
     "vq_nearest",

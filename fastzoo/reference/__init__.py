@@ -38,6 +38,7 @@ from fastzoo.reference.margin_softmax import (
     margin_softmax_target,
     margin_softmax_target_backward,
 )
+from fastzoo.reference.mixing import actnorm, invertible_conv1x1, squeeze, unsqueeze
 from fastzoo.reference.neighbours import (
     ball_query,
     knn_gather,
@@ -78,6 +79,7 @@ from fastzoo.reference.vq import (
 )
 
 __all__ = [
+    "actnorm",
     "ball_query",
     "batched_nms",
     "box_iou",
@@ -99,6 +101,7 @@ __all__ = [
     "group_points",
     "info_nce",
     "inverse_density_scale",
+    "invertible_conv1x1",
     "kernel_density",
     "kernel_density_backward",
     "kernel_density_rows",
@@ -131,10 +134,12 @@ __all__ = [
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
     "soft_nms",
+    "squeeze",
     "suppress",
     "three_interpolate",
     "three_nn",
     "to_corners",
+    "unsqueeze",
     "vote",
     "voxel_grid",
     "voxel_grid_rows",
