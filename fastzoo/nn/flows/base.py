@@ -1,0 +1,112 @@
+"""Distributions of latents."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastzoo import ops
+from fastzoo.reference.precision import compute_dtype
+
+
+class Base(nn.Module):
+    """A distribution of latents of one ``shape``: a noise of independent elements, perhaps with a
+    location and scale for each.
+
+    A noise has :meth:`_noise` and :meth:`_density`; what has a location and scale, perhaps of the
+    context, has :meth:`_location`.
+    """
+
+    def __init__(self, shape: int | Sequence[int]) -> None:
+        super().__init__()
+        self.shape = torch.Size((shape,) if isinstance(shape, int) else shape)
+        # Has the dtype and device in which noise is drawn.
+        self.register_buffer("_like", torch.empty(0), persistent=False)
+
+    def _noise(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        raise NotImplementedError
+
+    def _density(self, noise: Tensor) -> Tensor:
+        """Its logarithm, of rows ``[B, D]``: ``[B]``."""
+        raise NotImplementedError
+
+    def _location(self, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Location and logarithm of the scale, each of ``shape`` or ``[B, *shape]``."""
+        return None
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """``[B]`` of latents ``[B, *shape]``, no narrower than float32."""
+        if z.shape[1:] != self.shape:
+            raise ValueError(f"z: expected [B, *{list(self.shape)}], got {list(z.shape)}")
+        placed = self._location(context)
+        if placed is None:
+            return self._density(z.flatten(1))
+        location, log_scale = (t.expand_as(z) for t in placed)
+        noise, logdet = ops.affine_coupling(z, location, log_scale, inverse=True)
+        return self._density(noise.flatten(1)) + logdet
+
+    def sample(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """``[n, *shape]``, or ``[B, n, *shape]`` for a context ``[B, ...]``; differentiable in
+        the parameters. ``temperature`` multiplies the scale."""
+        return self._place(self._draw(n, context, generator, temperature), context)
+
+    def sample_and_log_prob(
+        self,
+        n: int,
+        context: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Samples, and ``[n]`` or ``[B, n]``: their log-density at temperature 1."""
+        noise = self._draw(n, context, generator, temperature)
+        lead = noise.shape[: noise.dim() - len(self.shape)]
+        log_prob = self._density(noise.reshape(lead.numel(), -1)).view(lead)
+        placed = self._location(context)
+        if placed is not None:
+            # One for all samples, or one a context.
+            own = placed[1].sum(tuple(range(-len(self.shape), 0)), dtype=log_prob.dtype)
+            log_prob = log_prob - (own if own.dim() == 0 else own[:, None])
+        return self._place(noise, context), log_prob
+
+    def _draw(
+        self,
+        n: int,
+        context: Tensor | None,
+        generator: torch.Generator | None,
+        temperature: float,
+    ) -> Tensor:
+        lead = (n,) if context is None else (context.shape[0], n)
+        noise = self._noise((*lead, *self.shape), generator)
+        return noise if temperature == 1 else noise * temperature
+
+    def _place(self, noise: Tensor, context: Tensor | None) -> Tensor:
+        placed = self._location(context)
+        if placed is None:
+            return noise
+        location, log_scale = placed
+        if location.dim() > len(self.shape):
+            location, log_scale = location[:, None], log_scale[:, None]
+        return torch.addcmul(location, noise, log_scale.exp())
+
+    def extra_repr(self) -> str:
+        return f"{list(self.shape)}"
+
+
+class StandardNormal(Base):
+    """Normal with mean 0 and variance 1."""
+
+    def _noise(self, shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+        like = self._like
+        return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+    def _density(self, noise: Tensor) -> Tensor:
+        # The norm reads its operand once, where a square is a tensor of its own.
+        norm = torch.linalg.vector_norm(noise, dim=1, dtype=compute_dtype(noise))
+        return -0.5 * norm.square() - 0.5 * math.log(2 * math.pi) * noise.shape[1]
