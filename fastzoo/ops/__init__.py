@@ -13,6 +13,14 @@ from fastzoo.ops.boxes import (
     generalized_box_iou_loss,
 )
 from fastzoo.ops.contrastive import clip_loss, info_nce, nt_xent, sigmoid_contrastive_loss
+from fastzoo.ops.coupling import (
+    additive_coupling,
+    affine_coupling,
+    coupling,
+    leaky_relu,
+    logit,
+    soft_clip,
+)
 from fastzoo.ops.density import (
     inverse_density_scale,
     kernel_density,
@@ -92,6 +100,8 @@ __all__ = [
     "SphereFace",
     "VQOutput",
     "actnorm",
+    "additive_coupling",
+    "affine_coupling",
     "ball_query",
     "batched_nms",
     "box_iou",
@@ -99,6 +109,7 @@ __all__ = [
     "clip_loss",
     "complete_box_iou",
     "complete_box_iou_loss",
+    "coupling",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -113,6 +124,8 @@ __all__ = [
     "kmeans",
     "knn_gather",
     "knn_points",
+    "leaky_relu",
+    "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
     "matrix_nms",
@@ -128,6 +141,7 @@ __all__ = [
     "pointconv_moments",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
+    "soft_clip",
     "soft_nms",
     "squeeze",
     "three_interpolate",

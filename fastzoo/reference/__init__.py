@@ -21,6 +21,16 @@ from fastzoo.reference.contrastive import (
     nt_xent,
     sigmoid_contrastive_loss,
 )
+from fastzoo.reference.coupling import (
+    additive_coupling,
+    affine_coupling,
+    coupling,
+    coupling_backward,
+    coupling_rows,
+    leaky_relu,
+    logit,
+    soft_clip,
+)
 from fastzoo.reference.density import (
     inverse_density_scale,
     kernel_density,
@@ -80,6 +90,8 @@ from fastzoo.reference.vq import (
 
 __all__ = [
     "actnorm",
+    "additive_coupling",
+    "affine_coupling",
     "ball_query",
     "batched_nms",
     "box_iou",
@@ -91,6 +103,9 @@ __all__ = [
     "complete_box_iou_loss",
     "contrastive",
     "contrastive_backward",
+    "coupling",
+    "coupling_backward",
+    "coupling_rows",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -107,6 +122,8 @@ __all__ = [
     "kernel_density_rows",
     "knn_gather",
     "knn_points",
+    "leaky_relu",
+    "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
     "margin_softmax_negatives",
@@ -133,6 +150,7 @@ __all__ = [
     "pointconv_moments_edges",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
+    "soft_clip",
     "soft_nms",
     "squeeze",
     "suppress",
