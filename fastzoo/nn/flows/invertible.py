@@ -3,16 +3,16 @@
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastzoo.nn.flows.coupling import _Coupling
 from fastzoo.nn.flows.transform import Compose, Transform, no_logdet
 from fastzoo.ops._checks import check_choice, check_positive
 
-Pass = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 Gradients = dict[Tensor, Tensor]
 
 ON_ERROR = ("recompute", "raise", "ignore")
@@ -86,18 +86,22 @@ class InvertibleSequence(Transform):
         return float(torch.stack(self._errors).amax())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(x, context, inverse=False)
+        found: tuple[Tensor, Tensor] = self._run(x, context, inverse=False)
+        return found
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(z, context, inverse=True)
+        found: tuple[Tensor, Tensor] = self._run(z, context, inverse=True)
+        return found
 
     # Nothing in it is a graph: it runs the autograd engine inside of a backward pass.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
         parameters = _trained(self)
         inputs = (x, *parameters) if context is None else (x, context, *parameters)
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-            found: tuple[Tensor, Tensor] = _Inverted.apply(self, inverse, x, context, *parameters)
+            found: tuple[Tensor, Tensor] = _Inverted.apply(  # type: ignore[no-untyped-call]
+                self, inverse, x, context, *parameters
+            )
             return found
         total = no_logdet(x)
         for layer in _flat(self._segments(inverse)):
@@ -140,22 +144,26 @@ class InvertibleSequence(Transform):
 
 
 class _Layer(NamedTuple):
-    """A transform in the direction in which it runs, and the way back."""
+    """An elementary transform, in the direction in which it runs."""
 
-    run: Pass
-    undo: Pass
+    transform: Transform
+    inverse: bool
     parameters: tuple[Tensor, ...]
+
+    def run(self, x: Tensor, context: Tensor | None, back: bool = False) -> tuple[Tensor, Tensor]:
+        apply = self.transform.inverse if self.inverse != back else self.transform
+        found: tuple[Tensor, Tensor] = apply(x, context)
+        return found
 
 
 def _elementary(transform: nn.Module, inverse: bool) -> Iterator[_Layer]:
-    if type(transform) is Compose:
+    assert isinstance(transform, Transform)
+    if isinstance(transform, Compose):
         parts = reversed(transform.transforms) if inverse else transform.transforms
         for part in parts:
             yield from _elementary(part, inverse)
-        return
-    assert isinstance(transform, Transform)
-    run, undo = transform, transform.inverse
-    yield _Layer(*((undo, run) if inverse else (run, undo)), _trained(transform))
+    else:
+        yield _Layer(transform, inverse, _trained(transform))
 
 
 def _flat(segments: list[list[_Layer]]) -> Iterator[_Layer]:
@@ -254,7 +262,7 @@ class _Inverted(torch.autograd.Function):
             context = context.detach().requires_grad_(ctx.needs_input_grad[3])
         sequence, surroundings = ctx.sequence, ctx.surroundings
         gradients: Gradients = {}
-        errors = []
+        errors: list[Tensor] = []
         first = len(list(_flat(ctx.segments)))
         with surroundings.replayed():
             for index in reversed(range(len(anchors))):
@@ -305,37 +313,61 @@ class _Walk:
         that are not given are reconstructed."""
         gradients: Gradients = {}
         for i, layer in reversed(list(enumerate(self.segment))):
-            if inputs is None:
-                self.surroundings.restore(self.first + i)
-                x = layer.undo(z, self.context)[0]
-            else:
-                x = inputs.pop()
             self.surroundings.restore(self.first + i)
-            grad_z = self._through(layer, x, grad_z, grad_logdet, gradients)
-            z = x
+            if inputs is not None:
+                leaves, outputs = self._again(layer, inputs.pop())
+            elif isinstance(layer.transform, _Coupling) and layer.transform.order is None:
+                leaves, outputs = self._coupled(layer.transform, layer.inverse, z)
+            else:
+                x = layer.run(z, self.context, back=True)[0]
+                self.surroundings.restore(self.first + i)
+                leaves, outputs = self._again(layer, x)
+            grad_z = self._through(layer, leaves, outputs, (grad_z, grad_logdet), gradients)
+            z = leaves[0].detach()
         return z, grad_z, gradients
+
+    def _again(self, layer: _Layer, x: Tensor) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        """A layer with a graph: the leaf in the place of its input, and its outputs."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            return [x], layer.run(x, self.context)
+
+    def _coupled(
+        self, coupling: _Coupling, inverse: bool, z: Tensor
+    ) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+        """Likewise of a coupling's output. What passes is the same in input and output, so the
+        conditioner runs once, for both ways; the input's gradient is that of both leaves."""
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            parameters = coupling._parameters(z, self.context)
+        x = coupling._map(z.detach(), parameters.detach(), not inverse)[0].requires_grad_()
+        with torch.enable_grad():
+            return [x, z], coupling._map(x, parameters, inverse)
 
     def _through(
         self,
         layer: _Layer,
-        x: Tensor,
-        grad_z: Tensor,
-        grad_logdet: Tensor,
+        leaves: list[Tensor],
+        outputs: tuple[Tensor, Tensor],
+        grads: tuple[Tensor, Tensor],
         gradients: Gradients,
     ) -> Tensor:
-        x = x.detach().requires_grad_()
-        context = self.context
-        wanted = [x, *layer.parameters]
-        if context is not None and context.requires_grad:
-            wanted.append(context)
-        with torch.enable_grad():
-            outputs = layer.run(x, context)
-        pairs = zip(outputs, (grad_z, grad_logdet), strict=True)
-        reached = [(out, grad) for out, grad in pairs if out.requires_grad]
-        found = torch.autograd.grad(*zip(*reached, strict=True), wanted, allow_unused=True)
-        pairs = zip(wanted[1:], found[1:], strict=True)
+        """The gradient of the layer's input; those of context and parameters are added up."""
+        wanted = [*leaves, *layer.parameters]
+        if self.context is not None and self.context.requires_grad:
+            wanted.append(self.context)
+        both = zip(outputs, grads, strict=True)
+        reached = [(out, grad) for out, grad in both if out.requires_grad]
+        found = torch.autograd.grad(
+            [out for out, _ in reached],
+            wanted,
+            [grad for _, grad in reached],
+            allow_unused=True,
+        )
+        pairs = zip(wanted[len(leaves) :], found[len(leaves) :], strict=True)
         _add(gradients, {t: grad for t, grad in pairs if grad is not None})
-        return found[0]
+        first, *others = (grad for grad in found[: len(leaves)] if grad is not None)
+        return sum(others, first)
 
 
 def _relative_error(found: Tensor, kept: Tensor) -> Tensor:
@@ -343,7 +375,8 @@ def _relative_error(found: Tensor, kept: Tensor) -> Tensor:
     if kept.numel() == 0:
         return torch.zeros((), device=kept.device)
     scale = torch.linalg.vector_norm(kept, math.inf).clamp_min(torch.finfo(kept.dtype).tiny)
-    return torch.linalg.vector_norm(found - kept, math.inf) / scale
+    difference: Tensor = torch.linalg.vector_norm(found - kept, math.inf)
+    return difference / scale
 
 
 def _add(gradients: Gradients, more: Gradients) -> None:
