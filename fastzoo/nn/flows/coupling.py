@@ -60,7 +60,9 @@ class _Coupling(Transform):
         else:
             assert self.split is not None
             given = x[:, : self.split] if self.split > 0 else x[:, self.split :]
-        found: Tensor = self.conditioner(given) if context is None else self.conditioner(given, context)
+        found: Tensor = (
+            self.conditioner(given) if context is None else self.conditioner(given, context)
+        )
         return found
 
     def _map(self, x: Tensor, parameters: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

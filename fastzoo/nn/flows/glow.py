@@ -216,9 +216,7 @@ class GlowStep(Compose):
         else:
             order = Reverse() if mixing == "reverse" else Permutation.random(channels)
             mixed = [ActNorm(channels), order]
-        coupling = AffineCoupling(
-            conditioner, split=half, scale_map="sigmoid2", shift_first=True
-        )
+        coupling = AffineCoupling(conditioner, split=half, scale_map="sigmoid2", shift_first=True)
         super().__init__([*mixed, coupling])
 
 

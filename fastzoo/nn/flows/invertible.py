@@ -339,7 +339,7 @@ class _Walk:
         conditioner runs once, for both ways; the input's gradient is that of both leaves."""
         z = z.detach().requires_grad_()
         with torch.enable_grad():
-            parameters = coupling._parameters(z, self.context)
+            parameters = coupling._conditioned(z, self.context)
         x = coupling._map(z.detach(), parameters.detach(), not inverse)[0].requires_grad_()
         with torch.enable_grad():
             return [x, z], coupling._map(x, parameters, inverse)
@@ -366,8 +366,8 @@ class _Walk:
         )
         pairs = zip(wanted[len(leaves) :], found[len(leaves) :], strict=True)
         _add(gradients, {t: grad for t, grad in pairs if grad is not None})
-        first, *others = (grad for grad in found[: len(leaves)] if grad is not None)
-        return sum(others, first)
+        of_input: Tensor = sum(grad for grad in found[: len(leaves)] if grad is not None)
+        return of_input
 
 
 def _relative_error(found: Tensor, kept: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class MultiScale(Transform):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = no_logdet(x)
-        done = []
+        done: list[Tensor] = []
         for level, (channels, _, _) in zip(self.levels, self.shapes, strict=True):
             x, logdet = level(x, context)
             total = total + logdet
