@@ -1,6 +1,23 @@
 """Normalizing flows: transforms, distributions of latents, and the densities that they make."""
 
-from fastzoo.nn.flows.base import Base, StandardNormal
+from fastzoo.nn.flows.autoregressive import MaskedAutoregressive
+from fastzoo.nn.flows.base import (
+    Base,
+    ConditionalDiagonalNormal,
+    DiagonalNormal,
+    Logistic,
+    StandardNormal,
+    Uniform,
+)
+from fastzoo.nn.flows.conditioner import MLP, MaskedLinear, MaskedMLP
+from fastzoo.nn.flows.coupling import (
+    AdditiveCoupling,
+    AffineCoupling,
+    SplineCoupling,
+    spline_identity,
+    spline_parameters,
+)
+from fastzoo.nn.flows.elementwise import BatchNorm, LeakyReLU, Logit, Scaling, SoftClip
 from fastzoo.nn.flows.flow import Flow
 from fastzoo.nn.flows.glow import (
     ActNorm,
@@ -18,8 +35,18 @@ from fastzoo.nn.flows.transform import Compose, Inverse, Transform
 
 __all__ = [
     "ActNorm",
+from fastzoo.nn.flows.permutation import Permutation, Reverse
+from fastzoo.nn.flows.transform import Compose, Inverse, Transform
+
+__all__ = [
+    "MLP",
+    "AdditiveCoupling",
+    "AffineCoupling",
     "Base",
+    "BatchNorm",
     "Compose",
+    "ConditionalDiagonalNormal",
+    "DiagonalNormal",
     "Flow",
     "Glow",
     "GlowConditioner",
@@ -35,4 +62,20 @@ __all__ = [
     "ZeroConv2d",
     "checkerboard_mask",
     "prior_coupling",
+    "LeakyReLU",
+    "Logistic",
+    "Logit",
+    "MaskedAutoregressive",
+    "MaskedLinear",
+    "MaskedMLP",
+    "Permutation",
+    "Reverse",
+    "Scaling",
+    "SoftClip",
+    "SplineCoupling",
+    "StandardNormal",
+    "Transform",
+    "Uniform",
+    "spline_identity",
+    "spline_parameters",
 ]

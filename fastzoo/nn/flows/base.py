@@ -41,8 +41,7 @@ class Base(nn.Module):
         placed = self._location(context)
         if placed is None:
             return self._density(z.flatten(1))
-        location, log_scale = (t.expand_as(z) for t in placed)
-        noise, logdet = ops.affine_coupling(z, location, log_scale, inverse=True)
+        noise, logdet = ops.affine_coupling(z, *placed, inverse=True)
         return self._density(noise.flatten(1)) + logdet
 
     def sample(

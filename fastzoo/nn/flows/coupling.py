@@ -10,7 +10,7 @@ from fastzoo import ops
 from fastzoo.nn.flows.transform import Transform
 
 ScaleMap = Literal["exp", "sigmoid2", "tanh", "atan", "softplus", "softclip"]
-Tails = Literal["linear", "circular", "none"]
+Tails = Literal["linear", "circular"] | None
 Convention = Literal["nflows", "zuko"]
 
 
@@ -49,12 +49,12 @@ class _Coupling(Transform):
 
     def _ordered(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         if self.order is None:
-            return self._map(x, self._parameters(x, context), inverse)
+            return self._map(x, self._conditioned(x, context), inverse)
         x = x.index_select(1, self.order)
-        y, logdet = self._map(x, self._parameters(x, context), inverse)
+        y, logdet = self._map(x, self._conditioned(x, context), inverse)
         return y.index_select(1, self.order.argsort()), logdet
 
-    def _parameters(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def _conditioned(self, x: Tensor, context: Tensor | None) -> Tensor:
         if self.mask is not None:
             given = torch.where(self.mask, x, 0)
         else:
@@ -243,7 +243,6 @@ class SplineCoupling(_Coupling):
             inverse=inverse,
             convention=self.convention,
             split=self.split,
-            bins=self.bins,
             min_bin_width=self.min_bin_width,
             min_bin_height=self.min_bin_height,
             min_derivative=self.min_derivative,
@@ -257,7 +256,7 @@ class SplineCoupling(_Coupling):
 
 def spline_parameters(bins: int, tails: Tails = "linear") -> int:
     """How many parameters a spline has: widths, heights and the derivatives that are free."""
-    return 2 * bins + {"linear": bins - 1, "circular": bins, "none": bins + 1}[tails]
+    return 2 * bins + {"linear": bins - 1, "circular": bins, None: bins + 1}[tails]
 
 
 def spline_identity(

@@ -1,6 +1,7 @@
 """Memory that does not grow with depth: the backward pass inverts what the forward pass dropped."""
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -366,8 +367,8 @@ class _Walk:
         )
         pairs = zip(wanted[len(leaves) :], found[len(leaves) :], strict=True)
         _add(gradients, {t: grad for t, grad in pairs if grad is not None})
-        of_input: Tensor = sum(grad for grad in found[: len(leaves)] if grad is not None)
-        return of_input
+        reaching = (grad for grad in found[: len(leaves)] if grad is not None)
+        return functools.reduce(torch.add, reaching)
 
 
 def _relative_error(found: Tensor, kept: Tensor) -> Tensor:
