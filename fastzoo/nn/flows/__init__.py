@@ -31,15 +31,12 @@ from fastzoo.nn.flows.glow import (
 )
 from fastzoo.nn.flows.invertible import InvertibleSequence
 from fastzoo.nn.flows.multiscale import MultiScale, Squeeze, checkerboard_mask
-from fastzoo.nn.flows.transform import Compose, Inverse, Transform
-
-__all__ = [
-    "ActNorm",
 from fastzoo.nn.flows.permutation import Permutation, Reverse
 from fastzoo.nn.flows.transform import Compose, Inverse, Transform
 
 __all__ = [
     "MLP",
+    "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
     "Base",
@@ -54,28 +51,26 @@ __all__ = [
     "Inverse",
     "InvertibleConv1x1",
     "InvertibleSequence",
-    "MultiScale",
-    "RealNVP",
-    "Squeeze",
-    "StandardNormal",
-    "Transform",
-    "ZeroConv2d",
-    "checkerboard_mask",
-    "prior_coupling",
     "LeakyReLU",
     "Logistic",
     "Logit",
     "MaskedAutoregressive",
     "MaskedLinear",
     "MaskedMLP",
+    "MultiScale",
     "Permutation",
+    "RealNVP",
     "Reverse",
     "Scaling",
     "SoftClip",
     "SplineCoupling",
+    "Squeeze",
     "StandardNormal",
     "Transform",
     "Uniform",
+    "ZeroConv2d",
+    "checkerboard_mask",
+    "prior_coupling",
     "spline_identity",
     "spline_parameters",
 ]
