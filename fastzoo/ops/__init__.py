@@ -56,6 +56,9 @@ from fastzoo.ops.sampling import (
     sample_farthest_points,
     voxel_grid,
 )
+from fastzoo.ops.splines import (
+    rational_quadratic_spline,
+)
 from fastzoo.ops.vq import vq_ema_update_, vq_nearest, vq_quantize, vq_statistics
 from fastzoo.reference.detections import Deltas, Distances, Grid
 from fastzoo.reference.margins import (
@@ -139,6 +142,7 @@ __all__ = [
     "peak_nms",
     "pointconv",
     "pointconv_moments",
+    "rational_quadratic_spline",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
     "soft_clip",

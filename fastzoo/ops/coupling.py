@@ -307,7 +307,7 @@ def _check_part(x: Tensor, mask: Tensor | None, split: int | None) -> None:
             raise ValueError("split: expected without a mask")
         if mask.device != x.device:
             raise ValueError(f"mask: expected the device of x, {x.device}, got {mask.device}")
-        _check_broadcast("mask", mask, tuple(x.shape))
+        check_broadcast("mask", mask, tuple(x.shape))
     check_split(x, split)
 
 
@@ -333,10 +333,10 @@ def _check_parameter(
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     check_same("x", x, name, value)
-    _check_broadcast(name, value, part)
+    check_broadcast(name, value, part)
 
 
-def _check_broadcast(name: str, value: Tensor, part: tuple[int, ...]) -> None:
+def check_broadcast(name: str, value: Tensor, part: tuple[int, ...]) -> None:
     shape = tuple(value.shape)
     fits = len(shape) <= len(part) and all(
         have in (1, want) for have, want in zip(reversed(shape), reversed(part), strict=False)

@@ -79,6 +79,11 @@ from fastzoo.reference.sampling import (
     voxel_grid,
     voxel_grid_rows,
 )
+from fastzoo.reference.splines import (
+    rational_quadratic_spline,
+    rational_quadratic_spline_backward,
+    rational_quadratic_spline_rows,
+)
 from fastzoo.reference.vq import (
     vq_nearest,
     vq_nearest_backward,
@@ -148,6 +153,9 @@ __all__ = [
     "pointconv_moments",
     "pointconv_moments_backward",
     "pointconv_moments_edges",
+    "rational_quadratic_spline",
+    "rational_quadratic_spline_backward",
+    "rational_quadratic_spline_rows",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
     "soft_clip",

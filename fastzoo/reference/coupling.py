@@ -351,15 +351,17 @@ def part_shape(x: Tensor, split: int | None) -> tuple[int, ...]:
     return (x.shape[0], x.shape[1] - abs(split), *x.shape[2:])
 
 
-def is_of_each_sample(value: Tensor, part: tuple[int, ...]) -> bool:
+def is_of_each_sample(value: Tensor, part: tuple[int, ...], trailing: int = 0) -> bool:
     """Whether a tensor that broadcasts to samples differs from one to the next."""
-    return value.dim() == len(part) and (value.shape[0] != 1 or len(part) == 1)
+    return value.dim() == len(part) + trailing and (value.shape[0] != 1 or len(part) == 1)
 
 
-def as_rows(value: Tensor, part: tuple[int, ...]) -> Tensor:
-    """A parameter as ``[R, m]``, without a copy where it can be: one for all samples keeps stride
-    0, and a slice of a conditioner's output its own strides."""
+def as_rows(value: Tensor, part: tuple[int, ...], each: tuple[int, ...] = ()) -> Tensor:
+    """A parameter as ``[R, m, *each]``, ``each`` being what an element has of it; without a copy
+    where it can be: one for all samples keeps stride 0, and a slice of a conditioner's output its
+    own strides."""
     columns = math.prod(part[1:])
-    if is_of_each_sample(value, part):
-        return value.expand(part).reshape(part[0], columns)
-    return value.expand(1, *part[1:]).reshape(1, columns).expand(part[0], columns)
+    if is_of_each_sample(value, part, len(each)):
+        return value.expand(*part, *each).reshape(part[0], columns, *each)
+    rows = value.expand(1, *part[1:], *each).reshape(1, columns, *each)
+    return rows.expand(part[0], columns, *each)

@@ -188,7 +188,7 @@ def tolerance(
     return of_y, work * sums
 
 
-def _differentiable(output: tuple[Tensor, Tensor]) -> Tensor:
+def both_outputs(output: tuple[Tensor, Tensor]) -> Tensor:
     y, logdet = output
     return torch.cat([y.flatten().to(logdet.dtype), logdet.flatten()])
 
@@ -252,7 +252,7 @@ COUPLING = OpSpec(
     dispatch_args=_dispatched,
     whole=(3,),
     fixed_shape=True,
-    differentiable=_differentiable,
+    differentiable=both_outputs,
     gradient_sample=gradient_sample,
     tolerance=tolerance,
     gradient_rtol=lambda dtype, x, *_, **__: 64 * unit_roundoff(compute_dtype(x)),

@@ -9,6 +9,7 @@ from fastzoo.testing import (
     nms,
     pointconv,
     sampling,
+    splines,
     vq,
 )
 from fastzoo.testing.contrastive import CLIP_LOSS, INFO_NCE, SIGMOID_CONTRASTIVE_LOSS
@@ -31,5 +32,6 @@ SPECS: dict[str, OpSpec] = {
         *density.SPECS,
         *pointconv.SPECS,
         *coupling.SPECS,
+        *splines.SPECS,
     )
 }
