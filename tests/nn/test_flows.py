@@ -41,7 +41,7 @@ def stirred(module: nn.Module, seed: int = 0) -> nn.Module:
     module = module.double()
     with torch.no_grad():
         for value in module.parameters():
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.5)
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
         for name, value in module.named_buffers():
             if "running" in name:
                 value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
@@ -58,9 +58,9 @@ def convolution(inputs: int, outputs: int) -> nn.Module:
 
 
 TRANSFORMS: dict[str, tuple[Callable[[], Transform], tuple[int, ...]]] = {
-    "additive": (lambda: AdditiveCoupling(MLP(2, 3, context=1), split=2), (5,)),
-    "affine": (lambda: AffineCoupling(MLP(2, 6, context=1), split=-2), (5,)),
-    "affine, a mask": (lambda: AffineCoupling(MLP(2, 6, context=1), mask=ODD), (5,)),
+    "additive": (lambda: AdditiveCoupling(MLP(2, 3, (8,), context=1), split=2), (5,)),
+    "affine": (lambda: AffineCoupling(MLP(2, 6, (8,), context=1), split=-2), (5,)),
+    "affine, a mask": (lambda: AffineCoupling(MLP(2, 6, (8,), context=1), mask=ODD), (5,)),
     "affine, Glow's": (
         lambda: AffineCoupling(
             convolution(1, 4),
@@ -75,9 +75,9 @@ TRANSFORMS: dict[str, tuple[Callable[[], Transform], tuple[int, ...]]] = {
         lambda: AffineCoupling(convolution(2, 4), mask=CHECKERBOARD, scale_map="tanh"),
         (2, 2, 2),
     ),
-    "spline": (lambda: SplineCoupling(MLP(2, 3 * 8, context=1), split=2, bins=3), (5,)),
+    "spline": (lambda: SplineCoupling(MLP(2, 3 * 8, (8,), context=1), split=2, bins=3), (5,)),
     "spline, zuko's, a mask": (
-        lambda: SplineCoupling(MLP(2, 33, context=1), mask=ODD, bins=4, convention="zuko"),
+        lambda: SplineCoupling(MLP(2, 33, (8,), context=1), mask=ODD, bins=4, convention="zuko"),
         (5,),
     ),
     "spline, an image": (
@@ -94,10 +94,10 @@ TRANSFORMS: dict[str, tuple[Callable[[], Transform], tuple[int, ...]]] = {
     "several": (
         lambda: Compose(
             [
-                AffineCoupling(MLP(2, 6, context=1), split=2),
+                AffineCoupling(MLP(2, 6, (8,), context=1), split=2),
                 BatchNorm(5),
                 Permutation.random(5, torch.Generator().manual_seed(0)),
-                Inverse(SplineCoupling(MLP(3, 2 * 8, context=1), split=-3, bins=3)),
+                Inverse(SplineCoupling(MLP(3, 2 * 8, (8,), context=1), split=-3, bins=3)),
             ]
         ),
         (5,),
@@ -202,6 +202,16 @@ def test_couplings_start_as_the_identity(build: Callable[[], Transform]) -> None
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in transform.parameters())
 
 
+def test_orders_are_of_features() -> None:
+    x = data(2, 4, 3)
+    assert torch.equal(Permutation([2, 0, 3, 1])(x)[0], x[:, [2, 0, 3, 1]])
+    assert torch.equal(Reverse()(x)[0], x[:, [3, 2, 1, 0]])
+    drawn = [Permutation.random(9, torch.Generator().manual_seed(5)).order for _ in range(2)]
+    assert torch.equal(*drawn)
+    assert torch.equal(drawn[0].sort().values, torch.arange(9))
+    assert not torch.equal(drawn[0], torch.arange(9))
+
+
 def test_nice_has_the_volume_of_its_scaling() -> None:
     layers = [AdditiveCoupling(MLP(4, 4), split=4 if i % 2 else -4) for i in range(4)]
     transform = stirred(Compose([*layers, Scaling(8)]))
@@ -248,12 +258,11 @@ def mixture(dimensions: int = 2, context: int = 0) -> Flow:
 
 
 def test_a_density_in_the_plane_has_mass_one() -> None:
-    flow = stirred(mixture())
-    side = torch.linspace(-12, 12, 481, dtype=torch.float64)
-    grid = torch.cartesian_prod(side, side)
+    flow = stirred(mixture(), seed=3)
+    side = torch.linspace(-12, 12, 241, dtype=torch.float64)
     with torch.no_grad():
-        mass = flow.log_prob(grid).exp().sum() * (24 / 480) ** 2
-    assert abs(mass.item() - 1) < 1e-3
+        mass = flow.log_prob(torch.cartesian_prod(side, side)).exp().sum() * 0.1**2
+    assert abs(mass.item() - 1) < 1e-4
 
 
 def test_samples_have_their_own_density() -> None:
@@ -285,6 +294,7 @@ def test_each_row_of_a_context_has_its_own_samples() -> None:
     assert embedded.sample(3, wide).shape == (4, 3, 3)
 
 
+@pytest.mark.filterwarnings("ignore:Inputs to the softmax")
 def test_a_flow_is_nflows_with_the_same_weights() -> None:
     pytest.importorskip("nflows")
     from nflows.distributions import StandardNormal as TheirNormal

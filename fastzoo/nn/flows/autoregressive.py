@@ -127,3 +127,28 @@ class MaskedAutoregressive(Transform):
             min_scale=self.min_scale,
             backend=self.backend,
         )
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        net = self.conditioner
+        first, weights = net.by_steps(context)
+        is_spline = self.univariate == "spline"
+        x, logdet = ops.autoregressive_inverse(
+            z.index_select(1, net.order0),
+            first,
+            weights,
+            net.widths,
+            net.starts,
+            activation=net.activation,
+            map=self.convention if is_spline else self.scale_map,
+            bins=self.bins,
+            constant=self.slope if self.scale_map == "softclip" and not is_spline else self.bound,
+            floor=self.slope if is_spline else self.min_scale,
+            backend=self.backend,
+        )
+        return x.index_select(1, net.order0.argsort()), logdet
+
+    def extra_repr(self) -> str:
+        how = (
+            f"bins={self.bins}" if self.univariate == "spline" else f"scale_map={self.scale_map!r}"
+        )
+        return f"{self.features}, {self.univariate}, {how}"

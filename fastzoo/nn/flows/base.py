@@ -18,6 +18,8 @@ class Base(nn.Module):
     context, has :meth:`_location`.
     """
 
+    _like: Tensor
+
     def __init__(self, shape: int | Sequence[int]) -> None:
         super().__init__()
         self.shape = torch.Size((shape,) if isinstance(shape, int) else shape)

@@ -70,8 +70,10 @@ class MLP(nn.Sequential):
         super().__init__(*_stack(linears, activation))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        found: Tensor = super().forward(x if context is None else torch.cat([x, context], -1))
-        return found
+        x = x if context is None else torch.cat([x, context], -1)
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class MaskedLinear(nn.Linear):
@@ -106,6 +108,9 @@ class MaskedMLP(nn.Sequential):
     Source: Germain et al., MADE: Masked Autoencoder for Distribution Estimation (2015).
     """
 
+    starts: Tensor
+    order0: Tensor
+
     def __init__(
         self,
         steps: Sequence[int],
@@ -125,14 +130,35 @@ class MaskedMLP(nn.Sequential):
             raise ValueError("steps: expected more than one without a context, got one")
         units = torch.arange(first, number)
         hidden = [units[torch.arange(width) % len(units)] for width in hidden_features]
-        # What layers give, from the input to the output; the context is there before any feature.
         outputs = features.repeat_interleave(multiplier)
-        given = [torch.cat([features, features.new_full((context,), -1)]), *hidden, outputs]
-        masks = [given[1][:, None] > given[0]]
-        masks += [after[:, None] >= before for before, after in itertools.pairwise(given[1:])]
+        # The context is there before any feature.
+        before = [torch.cat([features, features.new_full((context,), -1)]), *hidden]
+        after = [*hidden, outputs]
+        masks = [after[0][:, None] > before[0]]
+        masks += [b[:, None] >= a for a, b in zip(before[1:], after[1:], strict=True)]
         linears = [MaskedLinear(mask) for mask in masks]
         _start_at(linears[-1], start)
         super().__init__(*_stack(linears, activation))
         self.activation = activation
         self.context = context
-        self.unit_steps = [features, *hidden]
+        layers = [features, *after]
+        self.widths = [len(layer) for layer in layers]
+        starts = [torch.searchsorted(s.sort().values, torch.arange(number + 1)) for s in layers]
+        self.register_buffer("starts", torch.stack(starts), persistent=False)
+        for index, layer in enumerate(layers):
+            self.register_buffer(f"order{index}", layer.argsort(stable=True), persistent=False)
+
+    def by_steps(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The network with its units in the order of their steps, as
+        :func:`fastzoo.ops.autoregressive_inverse` reads it: the context's part of the first layer,
+        ``[B, H]`` or empty, and every layer's weight and bias in one array."""
+        linears = [layer for layer in self if isinstance(layer, MaskedLinear)]
+        orders = [getattr(self, f"order{index}") for index in range(len(linears) + 1)]
+        parts = []
+        first = linears[0].weight.new_empty(0)
+        for linear, before, after in zip(linears, orders, orders[1:], strict=False):
+            weight = linear.masked().index_select(0, after)
+            if linear is linears[0] and context is not None:
+                first = F.linear(context, weight[:, len(before) :])
+            parts += [weight.index_select(1, before).flatten(), linear.bias.index_select(0, after)]
+        return first, torch.cat(parts)

@@ -44,7 +44,8 @@ class Flow(nn.Module):
         """``[B]`` of data ``[B, ...]``, with a row of ``context`` for each."""
         context = self._embedded(context)
         z, logdet = self.transform(x, context)
-        return self.base.log_prob(z, context) + logdet
+        found: Tensor = self.base.log_prob(z, context) + logdet
+        return found
 
     def sample(
         self,
