@@ -239,7 +239,7 @@ class _Inverted(torch.autograd.Function):
                     surroundings.record()
                     x, logdet = layer.run(x, context)
                     total = total + logdet
-        ctx.sequence, ctx.segments, ctx.surroundings = sequence, segments, surroundings
+        ctx.sequence, ctx.inverse, ctx.surroundings = sequence, inverse, surroundings
         ctx.anchors = len(anchors)
         # The parameters are saved so that a change before the backward pass is an error.
         ctx.save_for_backward(*anchors, x, context, *parameters)
@@ -254,20 +254,21 @@ class _Inverted(torch.autograd.Function):
             )
         saved = ctx.saved_tensors
         anchors, (z, context, *parameters) = saved[: ctx.anchors], saved[ctx.anchors :]
-        if not {p for layer in _flat(ctx.segments) for p in layer.parameters} <= set(parameters):
+        sequence, surroundings = ctx.sequence, ctx.surroundings
+        segments = sequence._segments(ctx.inverse)
+        if not {p for layer in _flat(segments) for p in layer.parameters} <= set(parameters):
             raise RuntimeError(
                 "InvertibleSequence: its parameters are others than in the forward pass "
                 "(torch.func.functional_call, or a parametrization); use Compose"
             )
         if context is not None:
             context = context.detach().requires_grad_(ctx.needs_input_grad[3])
-        sequence, surroundings = ctx.sequence, ctx.surroundings
         gradients: Gradients = {}
         errors: list[Tensor] = []
-        first = len(list(_flat(ctx.segments)))
+        first = len(list(_flat(segments)))
         with surroundings.replayed():
             for index in reversed(range(len(anchors))):
-                segment, anchor = ctx.segments[index], anchors[index]
+                segment, anchor = segments[index], anchors[index]
                 first -= len(segment)
                 walk = _Walk(segment, first, surroundings, context)
                 x, grad_x, found = walk.back(z, grad_z, grad_logdet)
