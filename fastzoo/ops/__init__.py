@@ -27,6 +27,9 @@ from fastzoo.ops.density import (
 )
 from fastzoo.ops.detections import Detections, multiclass_nms, peak_nms
 from fastzoo.ops.margin_softmax import margin_softmax_logits, margin_softmax_loss
+from fastzoo.ops.masked_linear import (
+    autoregressive_inverse,
+)
 from fastzoo.ops.neighbours import (
     ball_query,
     knn_gather,
@@ -105,6 +108,7 @@ __all__ = [
     "actnorm",
     "additive_coupling",
     "affine_coupling",
+    "autoregressive_inverse",
     "ball_query",
     "batched_nms",
     "box_iou",

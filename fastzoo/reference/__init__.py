@@ -48,6 +48,11 @@ from fastzoo.reference.margin_softmax import (
     margin_softmax_target,
     margin_softmax_target_backward,
 )
+from fastzoo.reference.masked_linear import (
+    autoregressive_inverse,
+    autoregressive_inverse_backward,
+    autoregressive_inverse_rows,
+)
 from fastzoo.reference.mixing import actnorm, invertible_conv1x1, squeeze, unsqueeze
 from fastzoo.reference.neighbours import (
     ball_query,
@@ -97,6 +102,9 @@ __all__ = [
     "actnorm",
     "additive_coupling",
     "affine_coupling",
+    "autoregressive_inverse",
+    "autoregressive_inverse_backward",
+    "autoregressive_inverse_rows",
     "ball_query",
     "batched_nms",
     "box_iou",
