@@ -136,7 +136,7 @@ def test_a_density_compiles_into_one_graph() -> None:
         Flow([MaskedAutoregressive(3, (4,), univariate="spline", bins=3)], StandardNormal(3))
     )
     x = data(4, 3)
-    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(flow.log_prob, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), flow.log_prob(x))
 
 

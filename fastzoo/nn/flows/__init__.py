@@ -32,6 +32,7 @@ from fastzoo.nn.flows.glow import (
 from fastzoo.nn.flows.invertible import InvertibleSequence
 from fastzoo.nn.flows.multiscale import MultiScale, Squeeze, checkerboard_mask
 from fastzoo.nn.flows.permutation import Permutation, Reverse
+from fastzoo.nn.flows.planar import Planar, Radial
 from fastzoo.nn.flows.transform import Compose, Inverse, Transform
 
 __all__ = [
@@ -59,6 +60,8 @@ __all__ = [
     "MaskedMLP",
     "MultiScale",
     "Permutation",
+    "Planar",
+    "Radial",
     "RealNVP",
     "Reverse",
     "Scaling",

@@ -129,23 +129,23 @@ class MaskedAutoregressive(Transform):
         )
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        net = self.conditioner
-        first, weights = net.by_steps(context)
+        conditioner = self.conditioner
+        net, first = conditioner.by_steps(context)
         is_spline = self.univariate == "spline"
         x, logdet = ops.autoregressive_inverse(
-            z.index_select(1, net.order0),
+            z.index_select(1, conditioner.order0),
+            net,
             first,
-            weights,
-            net.widths,
-            net.starts,
-            activation=net.activation,
+            widths=conditioner.widths,
+            starts=conditioner.starts,
+            activation=conditioner.activation,
             map=self.convention if is_spline else self.scale_map,
             bins=self.bins,
             constant=self.slope if self.scale_map == "softclip" and not is_spline else self.bound,
             floor=self.slope if is_spline else self.min_scale,
             backend=self.backend,
         )
-        return x.index_select(1, net.order0.argsort()), logdet
+        return x.index_select(1, conditioner.order0.argsort()), logdet
 
     def extra_repr(self) -> str:
         how = (

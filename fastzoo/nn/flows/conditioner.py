@@ -148,17 +148,17 @@ class MaskedMLP(nn.Sequential):
         for index, layer in enumerate(layers):
             self.register_buffer(f"order{index}", layer.argsort(stable=True), persistent=False)
 
-    def by_steps(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
+    def by_steps(self, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The network with its units in the order of their steps, as
-        :func:`fastzoo.ops.autoregressive_inverse` reads it: the context's part of the first layer,
-        ``[B, H]`` or empty, and every layer's weight and bias in one array."""
+        :func:`fastzoo.ops.autoregressive_inverse` reads it: every layer's weight and bias in one
+        array, and the context's part of the first layer."""
         linears = [layer for layer in self if isinstance(layer, MaskedLinear)]
         orders = [getattr(self, f"order{index}") for index in range(len(linears) + 1)]
         parts = []
-        first = linears[0].weight.new_empty(0)
+        first = None
         for linear, before, after in zip(linears, orders, orders[1:], strict=False):
             weight = linear.masked().index_select(0, after)
             if linear is linears[0] and context is not None:
                 first = F.linear(context, weight[:, len(before) :])
             parts += [weight.index_select(1, before).flatten(), linear.bias.index_select(0, after)]
-        return first, torch.cat(parts)
+        return torch.cat(parts), first
