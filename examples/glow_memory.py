@@ -71,7 +71,7 @@ def stack(depth: int, x: Tensor) -> list[Transform]:
         if name.endswith("last.weight"):
             nn.init.normal_(parameter, std=0.02)
     with torch.no_grad():
-        Compose(steps)(x)
+        Compose(steps).to(x.device)(x)
     return steps
 
 
@@ -100,6 +100,8 @@ def measure(depth: int, x: Tensor, repeats: int = REPEATS) -> list[Row]:
         for name, transform in ways.items():
             started = time.perf_counter()
             train(transform, x)
+            if x.is_cuda:
+                torch.cuda.synchronize()
             seconds[name] = min(seconds[name], time.perf_counter() - started)
             transform.zero_grad()
     return [Row(depth, name, peaks[name], seconds[name], errors[name]) for name in ways]

@@ -187,7 +187,7 @@ MODELS: dict[str, tuple[tuple[int, int, int], Any, dict[str, Any]]] = {
     "reverse": ((1, 4, 4), Glow, {"levels": 1, "mixing": "reverse"}),
     "shuffle, anchors": ((1, 4, 4), Glow, {"mixing": "shuffle", "anchor_every": 2}),
     "RealNVP": ((2, 4, 4), RealNVP, {}),
-    "RealNVP, three scales": ((1, 8, 8), RealNVP, {"levels": 3, "anchor_every": 3}),
+    "RealNVP, anchors": ((1, 4, 4), RealNVP, {"anchor_every": 3}),
 }
 
 
@@ -196,7 +196,7 @@ def test_log_determinants_are_the_jacobians_and_inverses_come_back(name: str) ->
     torch.manual_seed(0)
     shape, kind, options = MODELS[name]
     if kind is Glow:
-        options = {"levels": 2, "steps": 3, **options}
+        options = {"levels": 2, "steps": 2, **options}
     model, x = kind(shape, hidden=8, **options).double(), 2 * data(3, *shape) + 1
     model(x)
     stir(model)

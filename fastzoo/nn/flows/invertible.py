@@ -318,7 +318,7 @@ class _Walk:
             self.surroundings.restore(self.first + i)
             if inputs is not None:
                 leaves, outputs = self._again(layer, inputs.pop())
-            elif isinstance(layer.transform, _Coupling) and layer.transform.order is None:
+            elif isinstance(layer.transform, _Coupling):
                 leaves, outputs = self._coupled(layer.transform, layer.inverse, z)
             else:
                 x = layer.run(z, self.context, back=True)[0]
@@ -342,9 +342,9 @@ class _Walk:
         z = z.detach().requires_grad_()
         with torch.enable_grad():
             parameters = coupling._conditioned(z, self.context)
-        x = coupling._map(z.detach(), parameters.detach(), not inverse)[0].requires_grad_()
+        x = coupling._mapped(z.detach(), parameters.detach(), not inverse)[0].requires_grad_()
         with torch.enable_grad():
-            return [x, z], coupling._map(x, parameters, inverse)
+            return [x, z], coupling._mapped(x, parameters, inverse)
 
     def _through(
         self,
@@ -376,7 +376,7 @@ def _relative_error(found: Tensor, kept: Tensor) -> Tensor:
     """The greatest difference over the greatest absolute value; NaN where there is one."""
     if kept.numel() == 0:
         return torch.zeros((), device=kept.device)
-    scale = torch.linalg.vector_norm(kept, math.inf).clamp_min(torch.finfo(kept.dtype).tiny)
+    scale: Tensor = torch.linalg.vector_norm(kept, math.inf).clamp_min(torch.finfo(kept.dtype).tiny)
     difference: Tensor = torch.linalg.vector_norm(found - kept, math.inf)
     return difference / scale
 
