@@ -253,7 +253,7 @@ def test_autocast_is_entered_again() -> None:
             # Weights cast without a gradient are not met again by what needs theirs.
             last = transform.transforms[-1].transforms[1].conditioner(x[:, :2])
         assert z.dtype == torch.float32
-        loss = z.square().sum() - logdet.sum() + last.sum()
+        loss = z.square().sum() - logdet.sum() + 1e3 * last.sum()
         found.append(torch.autograd.grad(loss, [leaf, *transform.parameters()]))
     assert seen == 9 * [torch.bfloat16]
     # Eight convolutions, whose roundings fall differently.
