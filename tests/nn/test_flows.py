@@ -279,6 +279,13 @@ def test_samples_have_their_own_density() -> None:
     assert x.requires_grad
 
 
+def test_nothing_has_a_density_too() -> None:
+    flow = mixture(3)
+    x, log_prob = flow.sample_and_log_prob(0)
+    assert x.shape == (0, 3)
+    assert flow.log_prob(x).shape == log_prob.shape == (0,)
+
+
 def test_each_row_of_a_context_has_its_own_samples() -> None:
     flow = stirred(mixture(3, context=2))
     assert isinstance(flow, Flow)

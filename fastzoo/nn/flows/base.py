@@ -66,8 +66,8 @@ class Base(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Samples, and ``[n]`` or ``[B, n]``: their log-density at temperature 1."""
         noise = self._draw(n, context, generator, temperature)
-        lead = noise.shape[: noise.dim() - len(self.shape)]
-        log_prob = self._density(noise.reshape(lead.numel(), -1)).view(lead)
+        lead = noise.dim() - len(self.shape)
+        log_prob = self._density(noise.flatten(lead).flatten(0, lead - 1)).view(noise.shape[:lead])
         placed = self._location(context)
         if placed is not None:
             # One for all samples, or one a context.
