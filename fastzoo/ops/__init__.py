@@ -2,6 +2,11 @@
 
 from fastzoo.ops._kmeans import KMeansOutput, kmeans
 from fastzoo.ops._mixing import actnorm, invertible_conv1x1, squeeze, unsqueeze
+from fastzoo.ops._polynomial_splines import (
+    cubic_spline,
+    linear_spline,
+    quadratic_spline,
+)
 from fastzoo.ops.boxes import (
     box_iou,
     box_iou_rotated,
@@ -117,6 +122,7 @@ __all__ = [
     "complete_box_iou",
     "complete_box_iou_loss",
     "coupling",
+    "cubic_spline",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -132,6 +138,7 @@ __all__ = [
     "knn_gather",
     "knn_points",
     "leaky_relu",
+    "linear_spline",
     "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
@@ -146,6 +153,7 @@ __all__ = [
     "peak_nms",
     "pointconv",
     "pointconv_moments",
+    "quadratic_spline",
     "rational_quadratic_spline",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
