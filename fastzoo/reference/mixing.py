@@ -1,6 +1,7 @@
 """Bijections that mix or move channels: actnorm, the invertible 1x1 convolution, squeeze."""
 
-from typing import NamedTuple
+import contextlib
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,8 +75,7 @@ def invertible_conv1x1(
         matrix = matrix * ((-logs).exp()[:, None] if inverse else logs.exp())
     if shift is not None:
         shift = -shift if inverse else matrix @ shift
-    # Rounded to bfloat16 by autocast, a bijection would not be inverted.
-    with torch.autocast(x.device.type, enabled=False):
+    with _unrounded(x):
         y = _product(matrix.to(x.dtype), None if shift is None else shift.to(x.dtype), x)
     return y, _log_determinant(x, log_det, inverse)
 
@@ -89,6 +89,14 @@ def squeeze(x: Tensor, factor: int = 2) -> Tensor:
 def unsqueeze(x: Tensor, factor: int = 2) -> Tensor:
     """The inverse of :func:`squeeze`."""
     return F.pixel_shuffle(x, factor)
+
+
+def _unrounded(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Without autocast: rounded to bfloat16, a bijection would not be inverted."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _matrix_of(weight: Tensor | LU) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from fastzoo.nn.flows.coupling import _Coupling
 from fastzoo.nn.flows.transform import Compose, Transform, no_logdet
@@ -179,41 +180,40 @@ class _Surroundings:
     """What a layer saw besides its arguments: autocast, and the random numbers to come."""
 
     def __init__(self, x: Tensor, preserve_rng_state: bool) -> None:
-        kind = x.device.type
-        self.autocast = torch.is_autocast_enabled(kind)
-        self.autocast_dtype = torch.get_autocast_dtype(kind)
         self.device = x.device
-        self.states: list[tuple[Tensor, Tensor | None]] | None = [] if preserve_rng_state else None
+        self.preserve_rng_state = preserve_rng_state
+        self.states: list[tuple[Tensor, list[int], list[Tensor]]] = []
+        kind = x.device.type
+        self.autocast: dict[str, Any] | None = None
+        if torch.amp.is_autocast_available(kind):
+            self.autocast = {
+                "dtype": torch.get_autocast_dtype(kind),
+                "enabled": torch.is_autocast_enabled(kind),
+            }
 
-    def entered(self) -> torch.autocast:
+    def entered(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
         # A weight that is cast without a gradient must not be found in the cache by one with.
-        return torch.autocast(
-            self.device.type, self.autocast_dtype, self.autocast, cache_enabled=False
-        )
+        return torch.autocast(self.device.type, **self.autocast, cache_enabled=False)
 
-    def record(self) -> None:
+    def record(self, x: Tensor) -> None:
         """Called before each layer runs."""
-        if self.states is None:
-            return
-        own = None
-        if self.device.type not in ("cpu", "meta"):
-            own = torch.get_device_module(self.device).get_rng_state(self.device)
-        self.states.append((torch.get_rng_state(), own))
+        if self.preserve_rng_state:
+            self.states.append((torch.get_rng_state(), *get_device_states(x)))
 
     def restore(self, layer: int) -> None:
-        if self.states is None:
-            return
-        state, own = self.states[layer]
-        torch.set_rng_state(state)
-        if own is not None:
-            torch.get_device_module(self.device).set_rng_state(own, self.device)
+        if self.preserve_rng_state:
+            state, devices, own = self.states[layer]
+            torch.set_rng_state(state)
+            set_device_states(devices, own, device_type=self.device.type)
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
         """As it was in the forward pass, and then as it is now."""
-        devices = [] if self.device.type in ("cpu", "meta") else [self.device]
-        kind = "cuda" if not devices else self.device.type
-        forked = torch.random.fork_rng(devices, self.states is not None, device_type=kind)
+        devices = self.states[0][1] if self.states else []
+        kind = self.device.type if devices else "cuda"
+        forked = torch.random.fork_rng(devices, self.preserve_rng_state, device_type=kind)
         with forked, self.entered():
             yield
 
@@ -236,7 +236,7 @@ class _Inverted(torch.autograd.Function):
             for segment in segments:
                 anchors.append(x)
                 for layer in segment:
-                    surroundings.record()
+                    surroundings.record(x)
                     x, logdet = layer.run(x, context)
                     total = total + logdet
         ctx.sequence, ctx.inverse, ctx.surroundings = sequence, inverse, surroundings
