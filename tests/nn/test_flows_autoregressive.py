@@ -51,12 +51,19 @@ def test_the_jacobian_is_triangular_in_its_order(name: str) -> None:
         torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], logdet[row])
 
 
-def test_every_earlier_feature_is_seen() -> None:
-    transform = stirred(MaskedAutoregressive(5, (16, 16), order=[4, 2, 0, 1, 3], activation="tanh"))
-    x = data(1, 5)
-    jacobian = torch.autograd.functional.jacobian(lambda value: transform(value)[0][0], x)[:, 0]
-    place = torch.tensor([4, 2, 0, 1, 3])
-    assert torch.equal(jacobian != 0, place[:, None] >= place)
+@pytest.mark.parametrize(("passes", "together"), [(None, 1), (3, 2), (2, 3), (1, 5)])
+def test_every_earlier_feature_is_seen(passes: int | None, together: int) -> None:
+    order = [4, 2, 0, 1, 3]
+    transform = stirred(
+        MaskedAutoregressive(5, (16, 16), context=1, order=order, passes=passes, activation="tanh")
+    )
+    by_x, by_context = torch.autograd.functional.jacobian(
+        lambda x, context: transform(x, context)[0][0], (data(1, 5), data(1, 1))
+    )
+    step = torch.tensor(order) // together
+    wanted = torch.eye(5, dtype=torch.bool) | (step[:, None] > step)
+    assert torch.equal(by_x[:, 0] != 0, wanted)
+    assert (by_context != 0).all()
 
 
 @pytest.mark.parametrize("univariate", ["affine", "spline"])
