@@ -1,6 +1,11 @@
 """The public operators: checked arguments, one dispatcher operator each, any backend."""
 
 from fastzoo.ops._kmeans import KMeansOutput, kmeans
+from fastzoo.ops._polynomial_splines import (
+    cubic_spline,
+    linear_spline,
+    quadratic_spline,
+)
 from fastzoo.ops.boxes import (
     box_iou,
     box_iou_rotated,
@@ -113,6 +118,7 @@ __all__ = [
     "complete_box_iou",
     "complete_box_iou_loss",
     "coupling",
+    "cubic_spline",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -127,6 +133,7 @@ __all__ = [
     "knn_gather",
     "knn_points",
     "leaky_relu",
+    "linear_spline",
     "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
@@ -141,6 +148,7 @@ __all__ = [
     "peak_nms",
     "pointconv",
     "pointconv_moments",
+    "quadratic_spline",
     "rational_quadratic_spline",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",

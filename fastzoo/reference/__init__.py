@@ -76,6 +76,11 @@ from fastzoo.reference.pointconv import (
     three_interpolate,
     three_nn,
 )
+from fastzoo.reference.polynomial_splines import (
+    cubic_spline,
+    linear_spline,
+    quadratic_spline,
+)
 from fastzoo.reference.sampling import (
     farthest_points,
     grid_subsample,
@@ -117,6 +122,7 @@ __all__ = [
     "coupling",
     "coupling_backward",
     "coupling_rows",
+    "cubic_spline",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -133,6 +139,7 @@ __all__ = [
     "knn_gather",
     "knn_points",
     "leaky_relu",
+    "linear_spline",
     "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
@@ -158,6 +165,7 @@ __all__ = [
     "pointconv_moments",
     "pointconv_moments_backward",
     "pointconv_moments_edges",
+    "quadratic_spline",
     "rational_quadratic_spline",
     "rational_quadratic_spline_backward",
     "rational_quadratic_spline_rows",
