@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastzoo.nn.flows import Flow, Inverse, MaskedAutoregressive, MaskedMLP, StandardNormal
+from fastzoo.nn.flows import (
+    MAF,
+    NSF,
+    Flow,
+    Inverse,
+    MaskedAutoregressive,
+    MaskedMLP,
+    StandardNormal,
+)
 from tests.nn.test_flows import data, stirred
 
 MAPS: dict[str, Callable[[], MaskedAutoregressive]] = {
@@ -80,22 +88,13 @@ def test_it_starts_as_the_identity(univariate: str, convention: str) -> None:
 @pytest.mark.parametrize("kind", ["MAF", "NSF"])
 def test_a_flow_is_zukos_with_its_weights(kind: str) -> None:
     zuko = pytest.importorskip("zuko")
-    theirs = getattr(zuko.flows, kind)(
-        5, context=2, transforms=3, randperm=True, hidden_features=(12, 9)
+    theirs = getattr(zuko.flows, kind)(5, context=2, transforms=3, hidden_features=(12, 9))
+    ours = {"MAF": MAF, "NSF": NSF}[kind](
+        5, context=2, transforms=3, hidden_features=(12, 9), convention="zuko"
     )
-    layers = []
-    for transform in theirs.transform.transforms:
-        own = MaskedAutoregressive(
-            5,
-            (12, 9),
-            context=2,
-            order=transform.order,
-            univariate="spline" if kind == "NSF" else "affine",
-            convention="zuko",
-        )
+    for own, transform in zip(ours.transform.transforms, theirs.transform.transforms, strict=True):
+        assert isinstance(own, MaskedAutoregressive)
         own.conditioner.load_state_dict(transform.hyper.state_dict())
-        layers.append(own)
-    ours = Flow(layers, StandardNormal(5))
     x, context = 2 * data(64, 5).float(), data(64, 2).float()
     torch.testing.assert_close(
         ours.log_prob(x, context), theirs(context).log_prob(x), rtol=1e-5, atol=1e-5

@@ -19,12 +19,15 @@ from fastzoo.nn.flows.coupling import (
 )
 from fastzoo.nn.flows.elementwise import BatchNorm, LeakyReLU, Logit, Scaling, SoftClip
 from fastzoo.nn.flows.flow import Flow
+from fastzoo.nn.flows.maf import MAF, NSF
 from fastzoo.nn.flows.permutation import Permutation, Reverse
 from fastzoo.nn.flows.planar import Planar, Radial
 from fastzoo.nn.flows.transform import Compose, Inverse, Transform
 
 __all__ = [
+    "MAF",
     "MLP",
+    "NSF",
     "AdditiveCoupling",
     "AffineCoupling",
     "Base",
