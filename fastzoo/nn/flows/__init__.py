@@ -30,13 +30,16 @@ from fastzoo.nn.flows.glow import (
     prior_coupling,
 )
 from fastzoo.nn.flows.invertible import InvertibleSequence
+from fastzoo.nn.flows.maf import MAF, NSF
 from fastzoo.nn.flows.multiscale import MultiScale, Squeeze, checkerboard_mask
 from fastzoo.nn.flows.permutation import Permutation, Reverse
 from fastzoo.nn.flows.planar import Planar, Radial
 from fastzoo.nn.flows.transform import Compose, Inverse, Transform
 
 __all__ = [
+    "MAF",
     "MLP",
+    "NSF",
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
