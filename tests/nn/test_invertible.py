@@ -323,6 +323,7 @@ def test_memory_hardly_grows_with_depth() -> None:
     few = needed(InvertibleSequence(parts(8), anchor_every=None))
     many = needed(InvertibleSequence(parts(64), anchor_every=None))
     stored = needed(Compose(parts(32)))
-    # 64 layers add the gradients of their parameters, and what malloc leaves between them.
-    assert many <= 2.5 * few
-    assert stored >= 2 * many
+    # 56 layers more add the gradients of their parameters, and what malloc leaves between them;
+    # kept, their activations would be twice those of 32.
+    assert many - few <= stored / 4
+    assert many <= stored / 2
