@@ -53,7 +53,7 @@ class _Univariate(Transform):
     """A monotone map of each element, with parameters of its own.
 
     Args:
-        parameters: by what the operator calls them.
+        parameters: in the order in which the operator takes them.
         trailing: how many of their dimensions belong to one element.
     """
 
@@ -62,28 +62,28 @@ class _Univariate(Transform):
     bijective = True
     sign = +1
 
-    def __init__(self, trailing: int, parameters: dict[str, Tensor], **kwargs: Any) -> None:
+    def __init__(self, trailing: int, parameters: tuple[Tensor, ...], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._trailing = trailing
         self._parameters = parameters
         self._last: _Call | None = None
 
     def _map(
-        self, x: Tensor, parameters: dict[str, Tensor], inverse: bool
+        self, x: Tensor, parameters: tuple[Tensor, ...], inverse: bool
     ) -> tuple[Tensor, Tensor]:
         """The operator, elementwise."""
         raise NotImplementedError
 
     def _apply(self, given: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """The other value, and the logarithm of its derivative by the given one."""
-        shapes = [p.shape[: p.dim() - self._trailing] for p in self._parameters.values()]
+        shapes = [p.shape[: p.dim() - self._trailing] for p in self._parameters]
         shape = torch.broadcast_shapes(given.shape, *shapes)
         x = given if given.shape == shape else given.expand(shape)
-        dtypes = {x.dtype, *(p.dtype for p in self._parameters.values())}
+        dtypes = {x.dtype, *(p.dtype for p in self._parameters)}
         parameters = self._parameters
         if len(dtypes) > 1:
             dtype = functools.reduce(torch.promote_types, dtypes)
-            x, parameters = x.to(dtype), {name: p.to(dtype) for name, p in parameters.items()}
+            x, parameters = x.to(dtype), tuple(p.to(dtype) for p in parameters)
         if shape:
             return self._map(x, parameters, inverse)
         # An element alone is a sample of one.
@@ -120,15 +120,15 @@ class MonotonicAffineTransform(_Univariate):
     """
 
     def __init__(self, shift: Tensor, scale: Tensor, slope: float = 1e-3, **kwargs: Any) -> None:
-        super().__init__(0, {"shift": shift, "scale": scale}, **kwargs)
+        super().__init__(0, (shift, scale), **kwargs)
         self._slope = slope
 
     def _map(
-        self, x: Tensor, parameters: dict[str, Tensor], inverse: bool
+        self, x: Tensor, parameters: tuple[Tensor, ...], inverse: bool
     ) -> tuple[Tensor, Tensor]:
         return ops.affine_coupling(
             x,
-            **parameters,
+            *parameters,
             scale_map="softclip",
             slope=self._slope,
             inverse=inverse,
@@ -156,8 +156,7 @@ class MonotonicRQSTransform(_Univariate):
         slope: float = 1e-3,
         **kwargs: Any,
     ) -> None:
-        parameters = {"widths": widths, "heights": heights, "derivatives": derivatives}
-        super().__init__(1, parameters, **kwargs)
+        super().__init__(1, (widths, heights, derivatives), **kwargs)
         self._bound, self._slope = bound, slope
 
     def __repr__(self) -> str:
@@ -165,14 +164,14 @@ class MonotonicRQSTransform(_Univariate):
 
     @property
     def bins(self) -> int:
-        return self._parameters["widths"].shape[-1]
+        return self._parameters[0].shape[-1]
 
     def _map(
-        self, x: Tensor, parameters: dict[str, Tensor], inverse: bool
+        self, x: Tensor, parameters: tuple[Tensor, ...], inverse: bool
     ) -> tuple[Tensor, Tensor]:
         return ops.rational_quadratic_spline(
             x,
-            **parameters,
+            *parameters,
             bound=self._bound,
             slope=self._slope,
             convention="zuko",

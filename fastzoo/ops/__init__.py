@@ -1,6 +1,7 @@
 """The public operators: checked arguments, one dispatcher operator each, any backend."""
 
 from fastzoo.ops._kmeans import KMeansOutput, kmeans
+from fastzoo.ops._mixing import actnorm, invertible_conv1x1, squeeze, unsqueeze
 from fastzoo.ops._polynomial_splines import (
     cubic_spline,
     linear_spline,
@@ -80,6 +81,7 @@ from fastzoo.reference.margins import (
     Plain,
     SphereFace,
 )
+from fastzoo.reference.mixing import LU
 from fastzoo.reference.neighbours import (
     KNN,
 )
@@ -90,6 +92,7 @@ from fastzoo.reference.vq import VQOutput
 
 __all__ = [
     "KNN",
+    "LU",
     "AdaFace",
     "ArcFace",
     "Combined",
@@ -107,6 +110,7 @@ __all__ = [
     "Plain",
     "SphereFace",
     "VQOutput",
+    "actnorm",
     "additive_coupling",
     "affine_coupling",
     "autoregressive_inverse",
@@ -128,6 +132,7 @@ __all__ = [
     "group_points",
     "info_nce",
     "inverse_density_scale",
+    "invertible_conv1x1",
     "kernel_density",
     "kmeans",
     "knn_gather",
@@ -154,8 +159,10 @@ __all__ = [
     "sigmoid_contrastive_loss",
     "soft_clip",
     "soft_nms",
+    "squeeze",
     "three_interpolate",
     "three_nn",
+    "unsqueeze",
     "voxel_grid",
     "vq_ema_update_",
     "vq_nearest",

@@ -53,6 +53,7 @@ from fastzoo.reference.masked_linear import (
     autoregressive_inverse_backward,
     autoregressive_inverse_rows,
 )
+from fastzoo.reference.mixing import actnorm, invertible_conv1x1, squeeze, unsqueeze
 from fastzoo.reference.neighbours import (
     ball_query,
     knn_gather,
@@ -103,6 +104,7 @@ from fastzoo.reference.vq import (
 )
 
 __all__ = [
+    "actnorm",
     "additive_coupling",
     "affine_coupling",
     "autoregressive_inverse",
@@ -133,6 +135,7 @@ __all__ = [
     "group_points",
     "info_nce",
     "inverse_density_scale",
+    "invertible_conv1x1",
     "kernel_density",
     "kernel_density_backward",
     "kernel_density_rows",
@@ -173,10 +176,12 @@ __all__ = [
     "sigmoid_contrastive_loss",
     "soft_clip",
     "soft_nms",
+    "squeeze",
     "suppress",
     "three_interpolate",
     "three_nn",
     "to_corners",
+    "unsqueeze",
     "vote",
     "voxel_grid",
     "voxel_grid_rows",

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastzoo.nn.flows import Flow, Inverse, MaskedAutoregressive, MaskedMLP, StandardNormal
+from fastzoo.nn.flows import (
+    MAF,
+    NSF,
+    Flow,
+    Inverse,
+    MaskedAutoregressive,
+    MaskedMLP,
+    StandardNormal,
+)
 from tests.nn.test_flows import data, stirred
 
 MAPS: dict[str, Callable[[], MaskedAutoregressive]] = {
@@ -51,12 +59,19 @@ def test_the_jacobian_is_triangular_in_its_order(name: str) -> None:
         torch.testing.assert_close(torch.linalg.slogdet(jacobian)[1], logdet[row])
 
 
-def test_every_earlier_feature_is_seen() -> None:
-    transform = stirred(MaskedAutoregressive(5, (16, 16), order=[4, 2, 0, 1, 3], activation="tanh"))
-    x = data(1, 5)
-    jacobian = torch.autograd.functional.jacobian(lambda value: transform(value)[0][0], x)[:, 0]
-    place = torch.tensor([4, 2, 0, 1, 3])
-    assert torch.equal(jacobian != 0, place[:, None] >= place)
+@pytest.mark.parametrize(("passes", "together"), [(None, 1), (3, 2), (2, 3), (1, 5)])
+def test_every_earlier_feature_is_seen(passes: int | None, together: int) -> None:
+    order = [4, 2, 0, 1, 3]
+    transform = stirred(
+        MaskedAutoregressive(5, (16, 16), context=1, order=order, passes=passes, activation="tanh")
+    )
+    by_x, by_context = torch.autograd.functional.jacobian(
+        lambda x, context: transform(x, context)[0][0], (data(1, 5), data(1, 1))
+    )
+    step = torch.tensor(order) // together
+    wanted = torch.eye(5, dtype=torch.bool) | (step[:, None] > step)
+    assert torch.equal(by_x[:, 0] != 0, wanted)
+    assert (by_context != 0).all()
 
 
 @pytest.mark.parametrize("univariate", ["affine", "spline"])
@@ -73,22 +88,13 @@ def test_it_starts_as_the_identity(univariate: str, convention: str) -> None:
 @pytest.mark.parametrize("kind", ["MAF", "NSF"])
 def test_a_flow_is_zukos_with_its_weights(kind: str) -> None:
     zuko = pytest.importorskip("zuko")
-    theirs = getattr(zuko.flows, kind)(
-        5, context=2, transforms=3, randperm=True, hidden_features=(12, 9)
+    theirs = getattr(zuko.flows, kind)(5, context=2, transforms=3, hidden_features=(12, 9))
+    ours = {"MAF": MAF, "NSF": NSF}[kind](
+        5, context=2, transforms=3, hidden_features=(12, 9), convention="zuko"
     )
-    layers = []
-    for transform in theirs.transform.transforms:
-        own = MaskedAutoregressive(
-            5,
-            (12, 9),
-            context=2,
-            order=transform.order,
-            univariate="spline" if kind == "NSF" else "affine",
-            convention="zuko",
-        )
+    for own, transform in zip(ours.transform.transforms, theirs.transform.transforms, strict=True):
+        assert isinstance(own, MaskedAutoregressive)
         own.conditioner.load_state_dict(transform.hyper.state_dict())
-        layers.append(own)
-    ours = Flow(layers, StandardNormal(5))
     x, context = 2 * data(64, 5).float(), data(64, 2).float()
     torch.testing.assert_close(
         ours.log_prob(x, context), theirs(context).log_prob(x), rtol=1e-5, atol=1e-5

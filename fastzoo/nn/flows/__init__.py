@@ -19,12 +19,28 @@ from fastzoo.nn.flows.coupling import (
 )
 from fastzoo.nn.flows.elementwise import BatchNorm, LeakyReLU, Logit, Scaling, SoftClip
 from fastzoo.nn.flows.flow import Flow
+from fastzoo.nn.flows.glow import (
+    ActNorm,
+    Glow,
+    GlowConditioner,
+    GlowStep,
+    InvertibleConv1x1,
+    RealNVP,
+    ZeroConv2d,
+    prior_coupling,
+)
+from fastzoo.nn.flows.invertible import InvertibleSequence
+from fastzoo.nn.flows.maf import MAF, NSF
+from fastzoo.nn.flows.multiscale import MultiScale, Squeeze, checkerboard_mask
 from fastzoo.nn.flows.permutation import Permutation, Reverse
 from fastzoo.nn.flows.planar import Planar, Radial
 from fastzoo.nn.flows.transform import Compose, Inverse, Transform
 
 __all__ = [
+    "MAF",
     "MLP",
+    "NSF",
+    "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
     "Base",
@@ -33,23 +49,34 @@ __all__ = [
     "ConditionalDiagonalNormal",
     "DiagonalNormal",
     "Flow",
+    "Glow",
+    "GlowConditioner",
+    "GlowStep",
     "Inverse",
+    "InvertibleConv1x1",
+    "InvertibleSequence",
     "LeakyReLU",
     "Logistic",
     "Logit",
     "MaskedAutoregressive",
     "MaskedLinear",
     "MaskedMLP",
+    "MultiScale",
     "Permutation",
     "Planar",
     "Radial",
+    "RealNVP",
     "Reverse",
     "Scaling",
     "SoftClip",
     "SplineCoupling",
+    "Squeeze",
     "StandardNormal",
     "Transform",
     "Uniform",
+    "ZeroConv2d",
+    "checkerboard_mask",
+    "prior_coupling",
     "spline_identity",
     "spline_parameters",
 ]

@@ -42,28 +42,31 @@ class _Coupling(Transform):
         self.register_buffer("mask", mask)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._ordered(x, context, inverse=False)
+        return self._mapped(x, self._conditioned(x, context), inverse=False)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._ordered(z, context, inverse=True)
-
-    def _ordered(self, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        if self.order is None:
-            return self._map(x, self._conditioned(x, context), inverse)
-        x = x.index_select(1, self.order)
-        y, logdet = self._map(x, self._conditioned(x, context), inverse)
-        return y.index_select(1, self.order.argsort()), logdet
+        return self._mapped(z, self._conditioned(z, context), inverse=True)
 
     def _conditioned(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """The parameters, the same of what the map takes and of what it gives."""
         if self.mask is not None:
             given = torch.where(self.mask, x, 0)
         else:
             assert self.split is not None
-            given = x[:, : self.split] if self.split > 0 else x[:, self.split :]
+            if self.order is not None:
+                given = x.index_select(1, self.order[: self.split])
+            else:
+                given = x[:, : self.split] if self.split > 0 else x[:, self.split :]
         found: Tensor = (
             self.conditioner(given) if context is None else self.conditioner(given, context)
         )
         return found
+
+    def _mapped(self, x: Tensor, parameters: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        if self.order is None:
+            return self._map(x, parameters, inverse)
+        y, logdet = self._map(x.index_select(1, self.order), parameters, inverse)
+        return y.index_select(1, self.order.argsort()), logdet
 
     def _map(self, x: Tensor, parameters: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
