@@ -175,7 +175,7 @@ def draw(data: Data, found: dict[str, flows.Flow], output: Path) -> None:
     edges = (-2.4, 2.4, -2.4, 2.4)
 
     def scatter(axes: pyplot.Axes, x: Tensor, title: str) -> None:
-        axes.scatter(*x.T, s=1.5, color="#1b2a3a", alpha=0.5, linewidths=0)
+        axes.scatter(*x.T.numpy(), s=1.5, color="#1b2a3a", alpha=0.5, linewidths=0)
         axes.set_title(title, fontsize=11)
 
     scatter(panels[0], data.test, "two moons")
@@ -183,7 +183,7 @@ def draw(data: Data, found: dict[str, flows.Flow], output: Path) -> None:
     for (name, flow), density, samples in zip(
         found.items(), panels[1::2], panels[2::2], strict=True
     ):
-        values = flow.log_prob(grid).exp().view(200, 200).T
+        values = flow.log_prob(grid).exp().view(200, 200).T.numpy()
         density.imshow(values, extent=edges, origin="lower", cmap="Blues")
         density.set_title(f"{name}: density", fontsize=11)
         scatter(samples, flow.sample(1000, generator=generator), f"{name}: samples")
