@@ -21,6 +21,16 @@ from fastzoo.reference.contrastive import (
     nt_xent,
     sigmoid_contrastive_loss,
 )
+from fastzoo.reference.coupling import (
+    additive_coupling,
+    affine_coupling,
+    coupling,
+    coupling_backward,
+    coupling_rows,
+    leaky_relu,
+    logit,
+    soft_clip,
+)
 from fastzoo.reference.density import (
     inverse_density_scale,
     kernel_density,
@@ -37,6 +47,11 @@ from fastzoo.reference.margin_softmax import (
     margin_softmax_scores_backward,
     margin_softmax_target,
     margin_softmax_target_backward,
+)
+from fastzoo.reference.masked_linear import (
+    autoregressive_inverse,
+    autoregressive_inverse_backward,
+    autoregressive_inverse_rows,
 )
 from fastzoo.reference.neighbours import (
     ball_query,
@@ -61,12 +76,22 @@ from fastzoo.reference.pointconv import (
     three_interpolate,
     three_nn,
 )
+from fastzoo.reference.polynomial_splines import (
+    cubic_spline,
+    linear_spline,
+    quadratic_spline,
+)
 from fastzoo.reference.sampling import (
     farthest_points,
     grid_subsample,
     sample_farthest_points,
     voxel_grid,
     voxel_grid_rows,
+)
+from fastzoo.reference.splines import (
+    rational_quadratic_spline,
+    rational_quadratic_spline_backward,
+    rational_quadratic_spline_rows,
 )
 from fastzoo.reference.vq import (
     vq_nearest,
@@ -78,6 +103,11 @@ from fastzoo.reference.vq import (
 )
 
 __all__ = [
+    "additive_coupling",
+    "affine_coupling",
+    "autoregressive_inverse",
+    "autoregressive_inverse_backward",
+    "autoregressive_inverse_rows",
     "ball_query",
     "batched_nms",
     "box_iou",
@@ -89,6 +119,10 @@ __all__ = [
     "complete_box_iou_loss",
     "contrastive",
     "contrastive_backward",
+    "coupling",
+    "coupling_backward",
+    "coupling_rows",
+    "cubic_spline",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -104,6 +138,9 @@ __all__ = [
     "kernel_density_rows",
     "knn_gather",
     "knn_points",
+    "leaky_relu",
+    "linear_spline",
+    "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
     "margin_softmax_negatives",
@@ -128,8 +165,13 @@ __all__ = [
     "pointconv_moments",
     "pointconv_moments_backward",
     "pointconv_moments_edges",
+    "quadratic_spline",
+    "rational_quadratic_spline",
+    "rational_quadratic_spline_backward",
+    "rational_quadratic_spline_rows",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
+    "soft_clip",
     "soft_nms",
     "suppress",
     "three_interpolate",
