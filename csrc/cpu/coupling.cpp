@@ -91,8 +91,8 @@ std::tuple<Tensor, Tensor> coupling(const Tensor& x, const Tensor& shift, const 
   const Tensor y = torch::stable::empty_like(in.x);
   const Tensor logdet = sum_logdet ? empty(in.x, {args.rows}, compute)
                                    : empty(in.x, {args.rows, args.columns}, compute);
-  args.y = y.mutable_data_ptr();
-  args.logdet = logdet.mutable_data_ptr();
+  args.y = in_huge_pages(y).mutable_data_ptr();
+  args.logdet = in_huge_pages(logdet).mutable_data_ptr();
   const int64_t pieces = args.tiles().pieces;
   std::unique_ptr<double[]> parts;
   if (sum_logdet && pieces > 1) parts.reset(new double[args.rows * pieces]);
@@ -125,9 +125,9 @@ std::tuple<Tensor, Tensor, Tensor> coupling_backward(
   const Tensor grad_scale = empty_if(in.has_scale, in.x, {args.rows, in.width()}, in.dtype);
   args.grad_y = by_y.const_data_ptr();
   args.grad_logdet = by_logdet.const_data_ptr();
-  args.grad_x = grad_x.mutable_data_ptr();
-  args.grad_shift = in.has_shift ? grad_shift.mutable_data_ptr() : nullptr;
-  args.grad_scale = in.has_scale ? grad_scale.mutable_data_ptr() : nullptr;
+  args.grad_x = in_huge_pages(grad_x).mutable_data_ptr();
+  args.grad_shift = in.has_shift ? in_huge_pages(grad_shift).mutable_data_ptr() : nullptr;
+  args.grad_scale = in.has_scale ? in_huge_pages(grad_scale).mutable_data_ptr() : nullptr;
   in.run(FASTZOO_SELECT_KERNEL(coupling_backward), 3 + 2 * (in.has_shift + in.has_scale));
   return {grad_x, grad_shift, grad_scale};
 }
