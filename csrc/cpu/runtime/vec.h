@@ -210,6 +210,51 @@ FASTZOO_INLINE typename Vec<T>::MaskType greater(Vec<T> a, Vec<T> b) {
   return less(b, a);
 }
 
+// Stores at an aligned address, past the caches; stream_fence() comes before another thread reads.
+template <class T>
+FASTZOO_INLINE void stream(Vec<T> a, T* p) {
+#if defined(__AVX512F__)
+  __m512i bits;
+  __builtin_memcpy(&bits, &a.v, sizeof(bits));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits);
+#elif defined(__AVX2__)
+  __m256i bits;
+  __builtin_memcpy(&bits, &a.v, sizeof(bits));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+#elif defined(__SSE2__)
+  __m128i bits;
+  __builtin_memcpy(&bits, &a.v, sizeof(bits));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
+#else
+  a.store(p);
+#endif
+}
+FASTZOO_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// The lanes whose byte is not 0.
+template <class T>
+FASTZOO_INLINE typename Vec<T>::MaskType load_mask(const uint8_t* p) {
+  constexpr int kSize = Vec<T>::size;
+#if defined(__AVX512F__)
+  const __m128i bytes = kSize == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
+                                    : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm_test_epi8_mask(bytes, bytes)};
+#elif defined(__SSE2__)
+  __m128i bytes = _mm_setzero_si128();
+  __builtin_memcpy(&bytes, p, kSize);
+  const int zeros = _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()));
+  return {~static_cast<uint32_t>(zeros) & Vec<T>::MaskType::kAll};
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kSize; ++i) bits |= static_cast<uint32_t>(p[i] != 0) << i;
+  return {bits};
+#endif
+}
+
 // Over the lanes, always in the same order.
 template <class T>
 FASTZOO_INLINE T lane_sum(Vec<T> a) {
@@ -265,6 +310,33 @@ FASTZOO_INLINE void transpose(Vec<T> (&rows)[Vec<T>::size]) {
       if ((i & step) == 0) exchange(rows[i], rows[i + step], step);
     }
   }
+}
+
+// Every second element of both, from the first on.
+template <class T>
+FASTZOO_INLINE Vec<T> even_elements(Vec<T> a, Vec<T> b) {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+  Indices even;
+#pragma GCC unroll 16
+  for (int i = 0; i < Vec<T>::size; ++i) even[i] = 2 * i;
+  return __builtin_shuffle(a.v, b.v, even);
+}
+
+// The sum over the lanes, as lane_sums() adds it: neighbours first.
+template <class T>
+FASTZOO_INLINE T neighbours_sum(Vec<T> a) {
+  constexpr int kSize = Vec<T>::size;
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+#pragma GCC unroll 4
+  for (int step = 1; step < kSize; step *= 2) {
+    Indices other;
+#pragma GCC unroll 16
+    for (int i = 0; i < kSize; ++i) other[i] = i ^ step;
+    a.v = a.v + __builtin_shuffle(a.v, other);
+  }
+  return a[0];
 }
 
 // Element i is the sum over the lanes of row i. The rows are used up.
