@@ -42,10 +42,15 @@ FASTZOO_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf(a
 FASTZOO_HD double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
 FASTZOO_HD float exponential(float a) { return ::expf(a); }
 FASTZOO_HD double exponential(double a) { return ::exp(a); }
+FASTZOO_HD float logarithm(float a) { return ::logf(a); }
+FASTZOO_HD double logarithm(double a) { return ::log(a); }
 FASTZOO_HD float log_one_plus(float a) { return ::log1pf(a); }
 FASTZOO_HD double log_one_plus(double a) { return ::log1p(a); }
 FASTZOO_HD float arctangent(float a) { return ::atanf(a); }
 FASTZOO_HD double arctangent(double a) { return ::atan(a); }
+
+FASTZOO_HD float square_root(float a) { return ::sqrtf(a); }
+FASTZOO_HD double square_root(double a) { return ::sqrt(a); }
 
 FASTZOO_HD bool is_nan(float a) { return a != a; }
 FASTZOO_HD bool is_nan(double a) { return a != a; }
