@@ -254,14 +254,14 @@ FASTZOO_INLINE void exchange(Vec<T>& a, Vec<T>& b, int step) {
   b.v = __builtin_shuffle(a_before, b_before, second);
 }
 
-// Element j of row i becomes element i of row j.
-template <class T>
-FASTZOO_INLINE void transpose(Vec<T> (&rows)[Vec<T>::size]) {
-  constexpr int kSize = Vec<T>::size;
+// Element j of row i becomes element i of row j. With fewer rows than lanes, each piece of as many
+// lanes is turned on its own.
+template <class T, int kRows>
+FASTZOO_INLINE void transpose(Vec<T> (&rows)[kRows]) {
 #pragma GCC unroll 4
-  for (int step = 1; step < kSize; step *= 2) {
+  for (int step = 1; step < kRows; step *= 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kSize; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       if ((i & step) == 0) exchange(rows[i], rows[i + step], step);
     }
   }
