@@ -36,6 +36,7 @@ FASTZOO_HD constexpr int spline_derivative_of(SplineTails tails, int bins, int k
 template <class T>
 struct SplineAxis {
   T low, high;
+  T before, beyond;  // the numbers next to them outside
   T least, share;
   T clip;  // zuko's raw size u counts as u / (1 + clip |u|)
 };
@@ -47,7 +48,14 @@ struct SplineBox {
   T clip;              // zuko, of derivatives
 };
 
-// What is in `minima` for zuko is its slope. Host only.
+static inline float next_number(float a, int direction) {
+  return ::nextafterf(a, direction * __builtin_huge_valf());
+}
+static inline double next_number(double a, int direction) {
+  return ::nextafter(a, direction * __builtin_huge_val());
+}
+
+// The minima of zuko are its slope. Host only.
 template <class T>
 static inline SplineBox<T> spline_box(SplineConvention convention, int bins, double left,
                                       double right, double bottom, double top, double min_width,
@@ -55,7 +63,11 @@ static inline SplineBox<T> spline_box(SplineConvention convention, int bins, dou
   const bool zuko = convention == SplineConvention::zuko;
   const auto axis = [&](double low, double high, double minimum) {
     const double least = zuko ? 0 : minimum * (high - low);
-    return SplineAxis<T>{static_cast<T>(low), static_cast<T>(high), static_cast<T>(least),
+    return SplineAxis<T>{static_cast<T>(low),
+                         static_cast<T>(high),
+                         next_number(static_cast<T>(low), -1),
+                         next_number(static_cast<T>(high), 1),
+                         static_cast<T>(least),
                          static_cast<T>(high - low - bins * least),
                          static_cast<T>(zuko ? 2 / __builtin_fabs(__builtin_log(minimum)) : 0)};
   };
@@ -256,17 +268,16 @@ FASTZOO_HD SplinePoint<V> spline_point(const SplineBin<V>& bin, V at) {
   point.s = point.h / point.w;
   point.beta = (bin.d0 - point.s) + (bin.d1 - point.s);
   if constexpr (kInverse) {
-    // The root of (a theta + b) theta = s g in [0, 1], in the form whose terms do not cancel.
-    const V g = spline_within_one<T>((at - bin.y.low) / point.h);
-    const V a = fused_multiply_add(g, point.beta, point.s - bin.d0);
-    const V b = bin.d0 - g * point.beta;
-    const V c = point.s * g;
-    const V four_c = V(T(4)) * c;
-    const V root = square_root(maximum(fused_multiply_add(b, b, a * four_c), V(T(0))));
-    const V sum = absolute(b) + root;
-    const V falling = select_greater(V(T(0)), b, sum, c + c);
-    const V theta = falling / select_greater(V(T(0)), b, a + a, sum);
-    spline_place<T>(bin, select_greater(V(T(1)), g, spline_within_one<T>(theta), g), point);
+    // The root of a quadratic, from the end of the bin that makes it a quotient of sums; the
+    // discriminant is a sum too.
+    const V g = spline_within_one<T>((at - bin.y.low) / point.h), rest = V(T(1)) - g;
+    const V lean = rest * bin.d0 - g * bin.d1, zero(T(0));
+    const V twice = point.s + point.s;
+    const V root = square_root(fused_multiply_add(twice * twice, g * rest, lean * lean));
+    const V own = twice * select_greater(zero, lean, rest, g);
+    const V from_end = own / (absolute(lean) + own + root);
+    const V theta = select_greater(zero, lean, V(T(1)) - from_end, from_end);
+    spline_place<T>(bin, select_greater(V(T(1)), g, theta, g), point);
   } else {
     spline_place<T>(bin, spline_within_one<T>((at - bin.x.low) / point.w), point);
   }
@@ -278,11 +289,11 @@ struct SplineValue {
   V value, log_slope;  // log_slope: log |d value / d at|
 };
 
-// `inside` where `at` is in the box, else `outside`. A NaN counts as inside.
+// `inside` where `at` is in the box, else `outside`, as a NaN is.
 template <class T, class V>
 FASTZOO_HD V spline_inside(const SplineAxis<T>& axis, V at, V inside, V outside) {
-  return select_greater(V(axis.low), at, outside,
-                        select_greater(at, V(axis.high), outside, inside));
+  return select_greater(at, V(axis.before), select_greater(V(axis.beyond), at, inside, outside),
+                        outside);
 }
 
 // y of a point, or x for the inverse; beyond the box what the tails say.
