@@ -226,6 +226,7 @@ struct Tile {
       return;
     }
     int64_t i = first / columns, j = first % columns;
+#pragma GCC unroll 1
     for (int lane = 0; lane < V::size; ++lane) {
       at[lane] = (row + i) * lines.row + (column + j) * lines.column;
       if (first + lane + 1 >= count) continue;
@@ -249,9 +250,15 @@ struct Tile {
   // Of a tensor like x, where the tile's elements of a row begin.
   int64_t begin_of(int64_t i) const { return (row + i) * args.columns + args.begin + column; }
 
+  bool all_columns() const { return columns == args.columns; }
+
   // The tile's elements of such a tensor, one behind the other, and zeros up to a whole vector.
   void read(const void* from, T* to) const {
-    for (int64_t i = 0; i < rows; ++i) access.read(from, begin_of(i), columns, to + i * columns);
+    if (all_columns()) {
+      access.read(from, begin_of(0), count, to);
+    } else {
+      for (int64_t i = 0; i < rows; ++i) access.read(from, begin_of(i), columns, to + i * columns);
+    }
     pad(to);
   }
   void pad(T* values) const {
@@ -260,6 +267,7 @@ struct Tile {
 
   // Back, with the other columns as they are in `rest`.
   void write(const T* from, const void* rest, void* to) const {
+    if (all_columns()) return access.write(from, count, to, begin_of(0));
     for (int64_t i = 0; i < rows; ++i) {
       access.write(from + i * columns, columns, to, begin_of(i));
       if (part > 0) continue;
@@ -338,6 +346,14 @@ struct Splines {
     }
   };
 
+  // Vectors that go through each stage together: a stage is one long chain, and those of several
+  // vectors overlap.
+  static constexpr int kAtOnce = kBins > 0 ? 8 : 2;
+
+  __attribute__((always_inline)) static int vectors_from(const Tile<T>& tile, int64_t first) {
+    return static_cast<int>(smaller(kAtOnce, (tile.count - first + V::size - 1) / V::size));
+  }
+
   __attribute__((always_inline)) void read(const Tile<T>& tile, int64_t first, Lines& lines) const {
     lines.knots[0] = lines.knots[bins] = V(T(0));
     tile.read_lines(args.widths, first, bins, lines.widths);
@@ -360,17 +376,25 @@ struct Splines {
     const Tile<T> tile(args, access, index);
     alignas(kVectorBytes) T at[kSplineTile], value[kSplineTile], log_slope[kSplineTile];
     tile.read(args.x, at);
-    for (int64_t first = 0; first < tile.count; first += V::size) {
-      Lines lines;
-      read(tile, first, lines);
-      const V own = V::load(at + first);
-      math::SplineBin<V> bin = bin_of(lines, own);
-      math::spline_finish_bin<kConvention>(box, args.tails, bins, bin);
-      const math::SplinePoint<V> point = math::spline_point<kInverse, T>(bin, own);
-      const math::SplineValue<V> found =
-          math::spline_value<kInverse>(box, args.tails, bin, point, own);
-      found.value.store(value + first);
-      found.log_slope.store(log_slope + first);
+    for (int64_t first = 0; first < tile.count; first += kAtOnce * V::size) {
+      math::SplineBin<V> found[kAtOnce];
+      const int many = vectors_from(tile, first);
+      for (int i = 0; i < many; ++i) {
+        Lines lines;
+        read(tile, first + i * V::size, lines);
+        found[i] = bin_of(lines, V::load(at + first + i * V::size));
+      }
+      for (int i = 0; i < many; ++i) {
+        const int64_t place = first + i * V::size;
+        const V own = V::load(at + place);
+        math::SplineBin<V> bin = found[i];
+        math::spline_finish_bin<kConvention>(box, args.tails, bins, bin);
+        const math::SplinePoint<V> point = math::spline_point<kInverse, T>(bin, own);
+        const math::SplineValue<V> result =
+            math::spline_value<kInverse>(box, args.tails, bin, point, own);
+        result.value.store(value + place);
+        result.log_slope.store(log_slope + place);
+      }
     }
     tile.write(value, args.x, args.y);
     tile.write_logdet(log_slope);
