@@ -80,10 +80,8 @@ FASTZOO_INLINE void store_rows(Vec<typename ComputeOf<Element>::type> values,
                                Element* const (&p)[kCount], int count) {
   using T = typename ComputeOf<Element>::type;
   constexpr int kLanes = kTurned<T>;
-  T lanes[kCount * kLanes];
   Element all[kCount * kLanes];
-  values.store(lanes);
-  for (int i = 0; i < kCount * kLanes; ++i) narrow(lanes[i], all[i]);
+  store_narrow(values, all);
   for (int i = 0; i < kCount; ++i)
     __builtin_memcpy(p[i], all + i * kLanes, sizeof(Element) * count);
 }
@@ -177,11 +175,17 @@ struct Accesses {
   }
   static void read(const void* from, int64_t first, int64_t count, T* to) {
     const Element* const own = static_cast<const Element*>(from) + first;
-    for (int64_t j = 0; j < count; ++j) to[j] = widen(own[j]);
+    int64_t j = 0;
+    for (; j + Vec<T>::size <= count; j += Vec<T>::size) load_wide(own + j).store(to + j);
+    for (; j < count; ++j) to[j] = widen(own[j]);
   }
   static void write(const T* from, int64_t count, void* to, int64_t first) {
     Element* const own = static_cast<Element*>(to) + first;
-    for (int64_t j = 0; j < count; ++j) narrow(from[j], own[j]);
+    int64_t j = 0;
+    for (; j + Vec<T>::size <= count; j += Vec<T>::size) {
+      store_narrow(Vec<T>::load(from + j), own + j);
+    }
+    for (; j < count; ++j) narrow(from[j], own[j]);
   }
   static void copy(const void* from, void* to, int64_t first, int64_t count) {
     const Element* const own = static_cast<const Element*>(from) + first;
