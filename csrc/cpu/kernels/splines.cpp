@@ -149,6 +149,7 @@ struct Access {
   void (*read)(const void* from, int64_t first, int64_t count, T* to);
   void (*write)(const T* from, int64_t count, void* to, int64_t first);
   void (*copy)(const void* from, void* to, int64_t first, int64_t count);
+  int64_t element_size;
 };
 
 template <class Element>
@@ -192,7 +193,7 @@ struct Accesses {
     for (int64_t j = 0; j < count; ++j) static_cast<Element*>(to)[first + j] = own[j];
   }
 
-  static constexpr Access<T> kAccess{read_lines, write_lines, read, write, copy};
+  static constexpr Access<T> kAccess{read_lines, write_lines, read, write, copy, sizeof(Element)};
 };
 
 // ---- a tile -------------------------------------------------------------------------------------
@@ -242,6 +243,13 @@ struct Tile {
                                                  V* lines) const {
     int64_t at[V::size];
     places(from, first, at);
+    // What comes soon; the many short rows are not foreseen by the CPU.
+    constexpr int64_t kAhead = 4 * V::size;
+    const char* const soon =
+        static_cast<const char*>(from.data) + kAhead * from.column * access.element_size;
+    for (int lane = 0; lane < V::size; ++lane) {
+      __builtin_prefetch(soon + at[lane] * access.element_size);
+    }
     access.read_lines(from.data, at, many, lines);
   }
   __attribute__((always_inline)) void write_lines(const V* lines, int64_t first, int many,
