@@ -1,6 +1,12 @@
 """The public operators: checked arguments, one dispatcher operator each, any backend."""
 
 from fastzoo.ops._kmeans import KMeansOutput, kmeans
+from fastzoo.ops._mixing import actnorm, invertible_conv1x1, squeeze, unsqueeze
+from fastzoo.ops._polynomial_splines import (
+    cubic_spline,
+    linear_spline,
+    quadratic_spline,
+)
 from fastzoo.ops.boxes import (
     box_iou,
     box_iou_rotated,
@@ -26,6 +32,9 @@ from fastzoo.ops.density import (
 )
 from fastzoo.ops.detections import Detections, multiclass_nms, peak_nms
 from fastzoo.ops.margin_softmax import margin_softmax_logits, margin_softmax_loss
+from fastzoo.ops.masked_linear import (
+    autoregressive_inverse,
+)
 from fastzoo.ops.neighbours import (
     ball_query,
     knn_gather,
@@ -72,6 +81,7 @@ from fastzoo.reference.margins import (
     Plain,
     SphereFace,
 )
+from fastzoo.reference.mixing import LU
 from fastzoo.reference.neighbours import (
     KNN,
 )
@@ -82,6 +92,7 @@ from fastzoo.reference.vq import VQOutput
 
 __all__ = [
     "KNN",
+    "LU",
     "AdaFace",
     "ArcFace",
     "Combined",
@@ -99,8 +110,10 @@ __all__ = [
     "Plain",
     "SphereFace",
     "VQOutput",
+    "actnorm",
     "additive_coupling",
     "affine_coupling",
+    "autoregressive_inverse",
     "ball_query",
     "batched_nms",
     "box_iou",
@@ -109,6 +122,7 @@ __all__ = [
     "complete_box_iou",
     "complete_box_iou_loss",
     "coupling",
+    "cubic_spline",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -118,11 +132,13 @@ __all__ = [
     "group_points",
     "info_nce",
     "inverse_density_scale",
+    "invertible_conv1x1",
     "kernel_density",
     "kmeans",
     "knn_gather",
     "knn_points",
     "leaky_relu",
+    "linear_spline",
     "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
@@ -137,13 +153,16 @@ __all__ = [
     "peak_nms",
     "pointconv",
     "pointconv_moments",
+    "quadratic_spline",
     "rational_quadratic_spline",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
     "soft_clip",
     "soft_nms",
+    "squeeze",
     "three_interpolate",
     "three_nn",
+    "unsqueeze",
     "voxel_grid",
     "vq_ema_update_",
     "vq_nearest",

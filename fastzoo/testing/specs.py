@@ -5,6 +5,7 @@ from fastzoo.testing import (
     coupling,
     density,
     detections,
+    masked_linear,
     neighbours,
     nms,
     pointconv,
@@ -33,5 +34,6 @@ SPECS: dict[str, OpSpec] = {
         *pointconv.SPECS,
         *coupling.SPECS,
         *splines.SPECS,
+        *masked_linear.SPECS,
     )
 }
