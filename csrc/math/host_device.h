@@ -64,6 +64,9 @@ FASTZOO_HD ExponentialPair<double> exponential_pair(double a) { return {::exp(a)
 FASTZOO_HD float arctangent(float a) { return ::atanf(a); }
 FASTZOO_HD double arctangent(double a) { return ::atan(a); }
 
+FASTZOO_HD float square_root(float a) { return ::sqrtf(a); }
+FASTZOO_HD double square_root(double a) { return ::sqrt(a); }
+
 FASTZOO_HD bool is_nan(float a) { return a != a; }
 FASTZOO_HD bool is_nan(double a) { return a != a; }
 

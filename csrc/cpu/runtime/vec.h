@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
@@ -281,35 +282,32 @@ FASTZOO_INLINE T lane_minimum(Vec<T> a) {
   return least[0];
 }
 
-// Of two vectors, pieces of `step` elements change places: the odd ones of a and the even ones of
+// Of two vectors, pieces of kStep elements change places: the odd ones of a and the even ones of
 // b.
-template <class T>
-FASTZOO_INLINE void exchange(Vec<T>& a, Vec<T>& b, int step) {
+template <int kStep, class T, int... kLane>
+FASTZOO_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
   constexpr int kSize = Vec<T>::size;
-  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
-  Indices first, second;  // elements of both, those of b from kSize on
-#pragma GCC unroll 16
-  for (int i = 0; i < kSize; ++i) {
-    first[i] = (i & step) == 0 ? i : kSize + i - step;
-    second[i] = (i & step) == 0 ? i + step : kSize + i;
-  }
   const typename Vec<T>::Native a_before = a.v, b_before = b.v;
-  a.v = __builtin_shuffle(a_before, b_before, first);
-  b.v = __builtin_shuffle(a_before, b_before, second);
+  // Indices count the elements of both, those of b from kSize on.
+  a.v = __builtin_shufflevector(a_before, b_before,
+                                ((kLane & kStep) == 0 ? kLane : kSize + kLane - kStep)...);
+  b.v = __builtin_shufflevector(a_before, b_before,
+                                ((kLane & kStep) == 0 ? kLane + kStep : kSize + kLane)...);
+}
+template <int kStep, class T>
+FASTZOO_INLINE void exchange(Vec<T>& a, Vec<T>& b) {
+  exchange<kStep>(a, b, std::make_integer_sequence<int, Vec<T>::size>{});
 }
 
-// Element j of row i becomes element i of row j.
-template <class T>
-FASTZOO_INLINE void transpose(Vec<T> (&rows)[Vec<T>::size]) {
-  constexpr int kSize = Vec<T>::size;
-#pragma GCC unroll 4
-  for (int step = 1; step < kSize; step *= 2) {
+// Element j of row i becomes element i of row j. With fewer rows than lanes, each piece of as many
+// lanes is turned on its own.
+template <int kStep = 1, class T, int kRows>
+FASTZOO_INLINE void transpose(Vec<T> (&rows)[kRows]) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kSize; ++i) {
-      if ((i & step) == 0) exchange(rows[i], rows[i + step], step);
-    }
+  for (int i = 0; i < kRows; ++i) {
+    if ((i & kStep) == 0) exchange<kStep>(rows[i], rows[i + kStep]);
   }
+  if constexpr (2 * kStep < kRows) transpose<2 * kStep>(rows);
 }
 
 // Every second element of both, from the first on.
@@ -340,17 +338,14 @@ FASTZOO_INLINE T neighbours_sum(Vec<T> a) {
 }
 
 // Element i is the sum over the lanes of row i. The rows are used up.
-template <class T>
+template <int kStep = 1, class T>
 FASTZOO_INLINE Vec<T> lane_sums(Vec<T> (&rows)[Vec<T>::size]) {
-  constexpr int kSize = Vec<T>::size;
-#pragma GCC unroll 4
-  for (int step = 1; step < kSize; step *= 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kSize; i += 2 * step) {
-      exchange(rows[i], rows[i + step], step);
-      rows[i] = rows[i] + rows[i + step];
-    }
+  for (int i = 0; i < Vec<T>::size; i += 2 * kStep) {
+    exchange<kStep>(rows[i], rows[i + kStep]);
+    rows[i] = rows[i] + rows[i + kStep];
   }
+  if constexpr (2 * kStep < Vec<T>::size) return lane_sums<2 * kStep>(rows);
   return rows[0];
 }
 

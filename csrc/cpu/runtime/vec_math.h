@@ -69,8 +69,7 @@ FASTZOO_INLINE Vec<T> absolute(Vec<T> a) {
   return a;
 }
 
-FASTZOO_INLINE float square_root(float a) { return __builtin_sqrtf(a); }
-FASTZOO_INLINE double square_root(double a) { return __builtin_sqrt(a); }
+using math::square_root;
 template <class T>
 FASTZOO_INLINE Vec<T> square_root(Vec<T> a) {
   T values[Vec<T>::size];
