@@ -99,17 +99,24 @@ def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:
     gathers = [body for name, body in sass if re.search("pointconv_(fused|sums)", name)]
     shared = [body for name, body in sass if re.search("density_scanI|pointconv_fused", name)]
     rows = [body for name, body in sass if re.search("margin_softmax_factors|_positives", name)]
+    maps = [body for name, body in sass if re.search(r"coupling_(map|gradient)\w*Li[248]E", name)]
+    splines = [(name, body) for name, body in sass if re.search("splines_(map|gradient)", name)]
+    stored = maps + [body for name, body in splines if "splines_gradient" in name]
     assert len(keep) >= 4
     assert len(tiles) == len(ARCHITECTURES) * (12 + 12 + 6 + 6 + 2)
     assert len(gathers) == len(ARCHITECTURES) * (4 + 2)
     assert len(shared) == len(ARCHITECTURES) * (6 + 4)
     assert len(rows) == len(ARCHITECTURES) * (4 + 4)
+    assert len(maps) == len(ARCHITECTURES) * 4 * 10 * 2
+    assert len(splines) == len(ARCHITECTURES) * (3 * 8 + 4) * 2
     for body in keep:
         assert "LDS.128" in body
     for body in tiles + shared:
         assert "LDS.128" in body or "LDSM.16.M88.4" in body
-    for body in keep + tiles + rows + gathers:
+    for body in keep + tiles + rows + gathers + maps + [body for _, body in splines]:
         assert re.search(r"LDG\.E(\.\w+)*\.128", body)
+    for body in stored:
+        assert re.search(r"STG\.E(\.\w+)*\.128", body)
 
 
 def test_products_take_the_units_of_their_precision(build: tuple[Path, str]) -> None:

@@ -91,6 +91,31 @@ FASTZOO_DEVICE void store_vector(T* address, const Vector<T, n>& vector) {
   for (int i = 0; i < kWords; ++i) reinterpret_cast<Word*>(address)[i] = words[i];
 }
 
+FASTZOO_DEVICE void store_word(int* to, int word) { *to = word; }
+FASTZOO_DEVICE void store_word(int2* to, int2 word) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y)
+               : "memory");
+}
+FASTZOO_DEVICE void store_word(int4* to, int4 word) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y), "r"(word.z),
+                 "r"(word.w)
+               : "memory");
+}
+
+template <class T, int n>
+FASTZOO_DEVICE void store_global(T* address, const Vector<T, n>& vector) {
+  using Word = AccessWord<Vector<T, n>::kBytes>;
+  constexpr int kWords = Vector<T, n>::kBytes / sizeof(Word);
+  Word words[kWords];
+  __builtin_memcpy(words, &vector, sizeof(vector));
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) store_word(reinterpret_cast<Word*>(address) + i, words[i]);
+}
+
 FASTZOO_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FASTZOO_DEVICE double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
 FASTZOO_DEVICE float fast_exponential(float x) {

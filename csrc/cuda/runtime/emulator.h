@@ -197,6 +197,11 @@ void store_vector(T* address, const Vector<T, n>& vector) {
   __builtin_memcpy(address, vector.values, sizeof(vector.values));
 }
 
+template <class T, int n>
+void store_global(T* address, const Vector<T, n>& vector) {
+  store_vector(address, vector);
+}
+
 inline float fused_multiply_add(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline double fused_multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
 inline float fast_exponential(float x) { return std::exp(x); }

@@ -14,6 +14,20 @@ FASTZOO_DEVICE T warp_sum(T value) {
   return value;
 }
 
+// Of a whole block of so many warps, all of whose threads call it; the first thread gets it.
+template <class T, int warps>
+FASTZOO_DEVICE T block_sum(T value, SharedArray<T, warps>& parts) {
+  const T sum = warp_sum(value);
+  if (threadIdx.x % kWarpSize == 0) parts[threadIdx.x / kWarpSize] = sum;
+  sync_block();
+  T total = 0;
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int warp = 0; warp < warps; ++warp) total += parts[warp];
+  }
+  return total;
+}
+
 template <class T>
 struct Rows {
   static constexpr int kAligned = 8;  // elements

@@ -11,6 +11,7 @@
 //   atomic_add, atomic_max, atomic_exchange, atomic_compare_exchange(address, expected, value)
 //   load_volatile, thread_fence, wait_for_other_block
 //   load_vector<n>(p), store_vector(p, vector): whole 16-byte (or one 4- or 8-byte) accesses
+//   store_global(p, vector): store_vector to global memory, which the compiler may not split
 //   fused_multiply_add, population_count, lowest_bit(bits): its place, of bits that are not 0
 //   fast_exponential(x): of a float relatively within 2^-22 + |x| 2^-23, and 0 below 2^-126
 //   kManyBlocks: as many as keep a large device busy
