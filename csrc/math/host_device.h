@@ -46,6 +46,23 @@ FASTZOO_HD float logarithm(float a) { return ::logf(a); }
 FASTZOO_HD double logarithm(double a) { return ::log(a); }
 FASTZOO_HD float log_one_plus(float a) { return ::log1pf(a); }
 FASTZOO_HD double log_one_plus(double a) { return ::log1p(a); }
+// Where a vector's exponential and log_one_plus are of less than all numbers, these are of all: of
+// any, and of any that is not negative.
+FASTZOO_HD float wide_exponential(float a) { return ::expf(a); }
+FASTZOO_HD double wide_exponential(double a) { return ::exp(a); }
+FASTZOO_HD float wide_log_one_plus(float a) { return ::log1pf(a); }
+FASTZOO_HD double wide_log_one_plus(double a) { return ::log1p(a); }
+FASTZOO_HD float logarithm(float a) { return ::logf(a); }
+FASTZOO_HD double logarithm(double a) { return ::log(a); }
+
+// exp(a) and exp(a) - 1, where a is not positive.
+template <class T>
+struct ExponentialPair {
+  T value, less_one;
+};
+FASTZOO_HD ExponentialPair<float> exponential_pair(float a) { return {::expf(a), ::expm1f(a)}; }
+FASTZOO_HD ExponentialPair<double> exponential_pair(double a) { return {::exp(a), ::expm1(a)}; }
+
 FASTZOO_HD float arctangent(float a) { return ::atanf(a); }
 FASTZOO_HD double arctangent(double a) { return ::atan(a); }
 

@@ -24,11 +24,11 @@ template <class T>
 struct Range;
 template <>
 struct Range<float> {
-  static constexpr double unit = 0x1p-23, smallest = 0x1p-126, lowest = -87.3;
+  static constexpr double unit = 0x1p-23, smallest = 0x1p-126, lowest = -87.3, highest = 88.72;
 };
 template <>
 struct Range<double> {
-  static constexpr double unit = 0x1p-52, smallest = 0x1p-1022, lowest = -708.3;
+  static constexpr double unit = 0x1p-52, smallest = 0x1p-1022, lowest = -708.3, highest = 709.78;
 };
 
 // The largest error of f(x) in units of the last place, for x from `begin` to `end`.
@@ -68,6 +68,37 @@ void check_type(int& failures) {
   CHECK(exponential(V(T(-1e30)))[0] == 0);
   CHECK(exponential(V(static_cast<T>(Range<T>::lowest - 0.1)))[0] == 0);
   CHECK(math::is_nan(exponential(V(nan))[V::size - 1]));
+
+  const auto wide_exponent = [](V x) { return wide_exponential(x); };
+  CHECK(worst<T>(-1, 1, wide_exponent, expl) < allowed);
+  CHECK(worst<T>(Range<T>::lowest, Range<T>::highest, wide_exponent, expl) < allowed);
+  CHECK(wide_exponential(V(static_cast<T>(Range<T>::highest + 0.1)))[0] == infinity);
+  CHECK(wide_exponential(V(infinity))[0] == infinity);
+  CHECK(wide_exponential(V(-infinity))[0] == 0);
+  const T subnormal = static_cast<T>(Range<T>::lowest - 2);
+  CHECK(fabsl(wide_exponential(V(subnormal))[0] / expl(subnormal) - 1) < 1e-5);
+  CHECK(math::is_nan(wide_exponential(V(nan))[0]));
+  const auto less_one = [](V x) { return exponential_pair(x).less_one; };
+  CHECK(worst<T>(-1, -1e-6, less_one, expm1l) < 2);
+  CHECK(worst<T>(Range<T>::lowest, -1e-6, less_one, expm1l) < 2);
+  CHECK(exponential_pair(V(T(0))).less_one[0] == 0 && exponential_pair(V(T(0))).value[0] == 1);
+  CHECK(exponential_pair(V(-infinity)).less_one[0] == -1);
+  CHECK(math::is_nan(exponential_pair(V(nan)).less_one[0]));
+
+  const auto log = [](V x) { return logarithm(x); };
+  CHECK(worst<T>(1e-3, 0.99, log, logl) < allowed);
+  CHECK(worst<T>(1.001, 3, log, logl) < allowed);
+  CHECK(worst<T>(3, 1e30, log, logl) < allowed);
+  const T few = static_cast<T>(Range<T>::smallest / 1024);
+  CHECK(fabsl(logarithm(V(few))[0] / logl(few) - 1) < Range<T>::unit);
+  CHECK(logarithm(V(T(1)))[0] == 0 && logarithm(V(T(0)))[0] == -infinity);
+  CHECK(logarithm(V(infinity))[0] == infinity);
+  CHECK(math::is_nan(logarithm(V(T(-1)))[0]) && math::is_nan(logarithm(V(nan))[0]));
+  const auto wide_log = [](V x) { return wide_log_one_plus(x); };
+  CHECK(worst<T>(1e-6, 4, wide_log, log1pl) < 2);
+  CHECK(worst<T>(4, 1e30, wide_log, log1pl) < 2);
+  CHECK(wide_log_one_plus(V(infinity))[0] == infinity);
+  CHECK(wide_log_one_plus(V(few))[0] == few && math::is_nan(wide_log_one_plus(V(nan))[0]));
 
   CHECK(worst<T>(1e-6, 1, [](V x) { return log_one_plus(x); }, log1pl) < 2.5);
   CHECK(log_one_plus(V(T(0)))[0] == 0);

@@ -111,28 +111,94 @@ struct Exponential<double> {
                                       1. / 6227020800};
 };
 
-// exp(x) for x up to 80, within about one unit in the last place: 2^n exp(r), where |r| is at most
-// ln(2)/2 and the remainder of the series is below the rounding of its sum. A result below the
-// smallest normal number is 0; that of NaN is NaN.
+// x as n ln 2 + r for a whole number n, where |r| is at most ln(2)/2, and (exp(r) - 1) / r, the
+// remainder of whose series is below the rounding of its sum. Of x between -kRound and kRound.
+template <class T>
+struct ReducedExponent {
+  Vec<T> shifted, n, r, series;  // the low bits of `shifted` are n
+
+  __attribute__((always_inline)) explicit ReducedExponent(Vec<T> x) {
+    using V = Vec<T>;
+    using E = Exponential<T>;
+    shifted = fused_multiply_add(x, V(static_cast<T>(1.44269504088896340736)), V(E::kRound));
+    n = shifted - V(E::kRound);
+    r = fused_multiply_add(n, V(-E::kLn2Low), fused_multiply_add(n, V(-E::kLn2High), x));
+    constexpr int kCount = sizeof(E::kTerms) / sizeof(T);
+    series = V(E::kTerms[kCount - 1]);
+#pragma GCC unroll 16
+    for (int i = kCount - 2; i > 0; --i) series = fused_multiply_add(series, r, V(E::kTerms[i]));
+  }
+
+  // exp(r).
+  __attribute__((always_inline)) Vec<T> rest() const {
+    return fused_multiply_add(series, r, Vec<T>(T(1)));
+  }
+  // 2^n, as long as that is a normal number.
+  __attribute__((always_inline)) Vec<T> power() const {
+    using Bits = typename BitsOf<T>::type;
+    Bits bits;
+    __builtin_memcpy(&bits, &shifted.v, sizeof(Bits));
+    bits = (bits + BitsOf<T>::kBias) << BitsOf<T>::kMantissa;
+    Vec<T> power;
+    __builtin_memcpy(&power.v, &bits, sizeof(Bits));
+    return power;
+  }
+};
+
+// exp(x) for x up to 80, within about one unit in the last place. A result below the smallest
+// normal number is 0; that of NaN is NaN.
 template <class T>
 FASTZOO_INLINE Vec<T> exponential(Vec<T> x) {
   using V = Vec<T>;
-  using E = Exponential<T>;
+  const ReducedExponent<T> e(x);
+  return select(less(x, V(Exponential<T>::kLeast)), V(T(0)), e.rest() * e.power());
+}
+
+// a 2^n for whole numbers n whose halves are exponents of normal numbers.
+#if defined(__AVX512F__)
+FASTZOO_INLINE Vec<float> scale_by_power(Vec<float> a, const ReducedExponent<float>& e) {
+  return _mm512_scalef_ps(a.v, e.n.v);
+}
+FASTZOO_INLINE Vec<double> scale_by_power(Vec<double> a, const ReducedExponent<double>& e) {
+  return _mm512_scalef_pd(a.v, e.n.v);
+}
+#else
+template <class T>
+FASTZOO_INLINE Vec<T> scale_by_power(Vec<T> a, const ReducedExponent<T>& e) {
   using Bits = typename BitsOf<T>::type;
-  const V shifted = fused_multiply_add(x, V(static_cast<T>(1.44269504088896340736)), V(E::kRound));
-  const V n = shifted - V(E::kRound);
-  const V r = fused_multiply_add(n, V(-E::kLn2Low), fused_multiply_add(n, V(-E::kLn2High), x));
-  constexpr int kCount = sizeof(E::kTerms) / sizeof(T);
-  V sum(E::kTerms[kCount - 1]);
-#pragma GCC unroll 16
-  for (int i = kCount - 2; i >= 0; --i) sum = fused_multiply_add(sum, r, V(E::kTerms[i]));
-  // The low bits of `shifted` are n.
-  Bits bits;
-  __builtin_memcpy(&bits, &shifted.v, sizeof(Bits));
-  bits = (bits + BitsOf<T>::kBias) << BitsOf<T>::kMantissa;
-  V power;
-  __builtin_memcpy(&power.v, &bits, sizeof(Bits));
-  return select(less(x, V(E::kLeast)), V(T(0)), sum * power);
+  using Scalar = typename BitsOf<T>::Scalar;
+  Bits n;
+  __builtin_memcpy(&n, &e.shifted.v, sizeof(Bits));
+  // What is above n in the bits is that of kRound, whose lower half is 0.
+  n -= math::bits_as<Scalar>(Exponential<T>::kRound);
+  const Bits half = n >> 1;
+  const Bits first = (half + BitsOf<T>::kBias) << BitsOf<T>::kMantissa;
+  const Bits second = (n - half + BitsOf<T>::kBias) << BitsOf<T>::kMantissa;
+  Vec<T> powers[2];
+  __builtin_memcpy(&powers[0].v, &first, sizeof(Bits));
+  __builtin_memcpy(&powers[1].v, &second, sizeof(Bits));
+  return a * powers[0] * powers[1];
+}
+#endif
+
+// exp(x) for any x: infinite above the largest number; NaN of NaN.
+template <class T>
+FASTZOO_INLINE Vec<T> wide_exponential(Vec<T> x) {
+  using V = Vec<T>;
+  const V highest(static_cast<T>(sizeof(T) == 4 ? 89 : 710));
+  const V lowest(static_cast<T>(sizeof(T) == 4 ? -104 : -746));
+  const ReducedExponent<T> e(maximum(minimum(x, highest), lowest));
+  return scale_by_power(e.rest(), e);
+}
+
+// exp(x) and exp(x) - 1 for x that is not positive. What is less than the smallest normal number
+// counts as about that.
+template <class T>
+FASTZOO_INLINE math::ExponentialPair<Vec<T>> exponential_pair(Vec<T> x) {
+  using V = Vec<T>;
+  const ReducedExponent<T> e(maximum(x, V(Exponential<T>::kLeast)));
+  const V power = e.power();
+  return {e.rest() * power, fused_multiply_add(e.series * e.r, power, power - V(T(1)))};
 }
 
 // The vectors that csrc/math/exact.h is given: lane by lane what its functions of doubles give.
@@ -173,6 +239,66 @@ FASTZOO_INLINE Vec<T> log_one_plus(Vec<T> x) {
   }
   const V twice = s + s;
   return fused_multiply_add(twice, sum * square, twice);
+}
+
+template <class T>
+struct Logarithm;
+template <>
+struct Logarithm<float> {
+  static constexpr float kSmallest = 0x1p-126f, kPower = 0x1p24f, kExponent = 24;
+  static constexpr int32_t kMiddle = 0x3f3504f3;  // the bits of the root of 1/2
+  static constexpr int kTerms = 5;
+};
+template <>
+struct Logarithm<double> {
+  static constexpr double kSmallest = 0x1p-1022, kPower = 0x1p54, kExponent = 54;
+  static constexpr int64_t kMiddle = 0x3fe6a09e667f3bcd;
+  static constexpr int kTerms = 10;
+};
+
+// log(x), within about one unit in the last place: of 0 it is -infinity, of what is negative NaN.
+// 2^k (1 + f) is x, with 1 + f between the roots of 1/2 and of 2, and log(1 + f) the odd series
+// in s = f / (2 + f), written so that f itself is what the small terms are added to.
+template <class T>
+FASTZOO_INLINE Vec<T> logarithm(Vec<T> x) {
+  using V = Vec<T>;
+  using L = Logarithm<T>;
+  using Bits = typename BitsOf<T>::type;
+  const V zero(T(0)), smallest(L::kSmallest), infinity(static_cast<T>(__builtin_inf()));
+  const V normal = select_greater(smallest, x, x * V(L::kPower), x);
+  Bits bits;
+  __builtin_memcpy(&bits, &normal.v, sizeof(Bits));
+  const Bits exponent = (bits - L::kMiddle) >> BitsOf<T>::kMantissa;
+  bits -= exponent << BitsOf<T>::kMantissa;
+  V mantissa;
+  __builtin_memcpy(&mantissa.v, &bits, sizeof(Bits));
+  const V k = V(__builtin_convertvector(exponent, typename V::Native)) -
+              select_greater(smallest, x, V(L::kExponent), zero);
+  const V f = mantissa - V(T(1));
+  const V s = f / (f + V(T(2)));
+  const V square = s * s;
+  V series(T(0));
+#pragma GCC unroll 12
+  for (int i = L::kTerms; i > 0; --i) {
+    series = fused_multiply_add(series, square, V(T(2) / static_cast<T>(2 * i + 1)));
+  }
+  const V half_square = V(static_cast<T>(0.5)) * f * f;
+  const V small = fused_multiply_add(s, fused_multiply_add(series, square, half_square),
+                                     k * V(Exponential<T>::kLn2Low));
+  const V log = fused_multiply_add(k, V(Exponential<T>::kLn2High), f - (half_square - small));
+  const V inside = select_greater(infinity, x, log, x);  // of infinity and NaN as they are
+  const V none(static_cast<T>(__builtin_nan("")));
+  return select_greater(x, zero, inside, select_greater(zero, x, none, x - infinity));
+}
+
+// log(1 + x) for any x that is not negative: what 1 + x was rounded by is made good.
+template <class T>
+FASTZOO_INLINE Vec<T> wide_log_one_plus(Vec<T> x) {
+  using V = Vec<T>;
+  const V one(T(1));
+  const V finite = minimum(x, V(static_cast<T>(0x1p100)));
+  const V sum = one + finite;
+  return logarithm(one + x) + (finite - (sum - one)) / sum;
 }
 
 // The arctangent, within 2 units in the last place. Tangents are brought below that of pi/8 by
