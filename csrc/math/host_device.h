@@ -9,8 +9,10 @@
 
 #if defined(__CUDACC__)
 #define FASTZOO_HD static __host__ __device__ __forceinline__
+#define FASTZOO_HD_MEMBER __host__ __device__ __forceinline__
 #else
 #define FASTZOO_HD static inline __attribute__((always_inline))
+#define FASTZOO_HD_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace fastzoo::math {
@@ -52,8 +54,6 @@ FASTZOO_HD float wide_exponential(float a) { return ::expf(a); }
 FASTZOO_HD double wide_exponential(double a) { return ::exp(a); }
 FASTZOO_HD float wide_log_one_plus(float a) { return ::log1pf(a); }
 FASTZOO_HD double wide_log_one_plus(double a) { return ::log1p(a); }
-FASTZOO_HD float logarithm(float a) { return ::logf(a); }
-FASTZOO_HD double logarithm(double a) { return ::log(a); }
 
 // exp(a) and exp(a) - 1, where a is not positive.
 template <class T>
