@@ -305,14 +305,15 @@ void run(const MaskedArgs& args, const MaskedPlan& plan, int64_t begin, int64_t 
   }
 }
 
-// Whether all threads have tiles of so many vectors, which stay in the second cache.
+// Whether so many vectors are not too many for the batch, the threads and the second cache.
 template <class T, int kVectors>
 bool try_vectors(const MaskedArgs& args, int64_t threads, MaskedPlan& plan) {
   constexpr int64_t kCache = int64_t{1} << 19;
   plan.vectors = kVectors;
   plan.tiles = (args.batch + kLanes<T, kVectors> - 1) / kLanes<T, kVectors>;
   plan.scratch_bytes = Scratch<T, kVectors>(nullptr, args).arena.bytes();
-  return plan.tiles >= threads && plan.scratch_bytes <= kCache;
+  return args.batch > kLanes<T, kVectors> / 2 && plan.tiles >= threads &&
+         plan.scratch_bytes <= kCache;
 }
 
 template <class T>
