@@ -12,12 +12,23 @@ from fastzoo.ops.boxes import (
     generalized_box_iou_loss,
 )
 from fastzoo.ops.contrastive import clip_loss, info_nce, nt_xent, sigmoid_contrastive_loss
+from fastzoo.ops.coupling import (
+    additive_coupling,
+    affine_coupling,
+    coupling,
+    leaky_relu,
+    logit,
+    soft_clip,
+)
 from fastzoo.ops.density import (
     inverse_density_scale,
     kernel_density,
 )
 from fastzoo.ops.detections import Detections, multiclass_nms, peak_nms
 from fastzoo.ops.margin_softmax import margin_softmax_logits, margin_softmax_loss
+from fastzoo.ops.masked_linear import (
+    autoregressive_inverse,
+)
 from fastzoo.ops.neighbours import (
     ball_query,
     knn_gather,
@@ -46,6 +57,9 @@ from fastzoo.ops.sampling import (
     grid_subsample,
     sample_farthest_points,
     voxel_grid,
+)
+from fastzoo.ops.splines import (
+    rational_quadratic_spline,
 )
 from fastzoo.ops.vq import vq_ema_update_, vq_nearest, vq_quantize, vq_statistics
 from fastzoo.reference.detections import Deltas, Distances, Grid
@@ -88,6 +102,9 @@ __all__ = [
     "Plain",
     "SphereFace",
     "VQOutput",
+    "additive_coupling",
+    "affine_coupling",
+    "autoregressive_inverse",
     "ball_query",
     "batched_nms",
     "box_iou",
@@ -95,6 +112,7 @@ __all__ = [
     "clip_loss",
     "complete_box_iou",
     "complete_box_iou_loss",
+    "coupling",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -108,6 +126,8 @@ __all__ = [
     "kmeans",
     "knn_gather",
     "knn_points",
+    "leaky_relu",
+    "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
     "matrix_nms",
@@ -121,8 +141,10 @@ __all__ = [
     "peak_nms",
     "pointconv",
     "pointconv_moments",
+    "rational_quadratic_spline",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
+    "soft_clip",
     "soft_nms",
     "three_interpolate",
     "three_nn",

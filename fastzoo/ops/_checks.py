@@ -35,7 +35,7 @@ def check_same(first_name: str, first: Tensor, name: str, value: Tensor) -> None
         )
 
 
-def check_choice(name: str, value: object, known: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, known: tuple[str | None, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: expected one of {known}, got {value!r}")
 

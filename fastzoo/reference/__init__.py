@@ -21,6 +21,16 @@ from fastzoo.reference.contrastive import (
     nt_xent,
     sigmoid_contrastive_loss,
 )
+from fastzoo.reference.coupling import (
+    additive_coupling,
+    affine_coupling,
+    coupling,
+    coupling_backward,
+    coupling_rows,
+    leaky_relu,
+    logit,
+    soft_clip,
+)
 from fastzoo.reference.density import (
     inverse_density_scale,
     kernel_density,
@@ -37,6 +47,11 @@ from fastzoo.reference.margin_softmax import (
     margin_softmax_scores_backward,
     margin_softmax_target,
     margin_softmax_target_backward,
+)
+from fastzoo.reference.masked_linear import (
+    autoregressive_inverse,
+    autoregressive_inverse_backward,
+    autoregressive_inverse_rows,
 )
 from fastzoo.reference.neighbours import (
     ball_query,
@@ -68,6 +83,11 @@ from fastzoo.reference.sampling import (
     voxel_grid,
     voxel_grid_rows,
 )
+from fastzoo.reference.splines import (
+    rational_quadratic_spline,
+    rational_quadratic_spline_backward,
+    rational_quadratic_spline_rows,
+)
 from fastzoo.reference.vq import (
     vq_nearest,
     vq_nearest_backward,
@@ -78,6 +98,11 @@ from fastzoo.reference.vq import (
 )
 
 __all__ = [
+    "additive_coupling",
+    "affine_coupling",
+    "autoregressive_inverse",
+    "autoregressive_inverse_backward",
+    "autoregressive_inverse_rows",
     "ball_query",
     "batched_nms",
     "box_iou",
@@ -89,6 +114,9 @@ __all__ = [
     "complete_box_iou_loss",
     "contrastive",
     "contrastive_backward",
+    "coupling",
+    "coupling_backward",
+    "coupling_rows",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -104,6 +132,8 @@ __all__ = [
     "kernel_density_rows",
     "knn_gather",
     "knn_points",
+    "leaky_relu",
+    "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
     "margin_softmax_negatives",
@@ -128,8 +158,12 @@ __all__ = [
     "pointconv_moments",
     "pointconv_moments_backward",
     "pointconv_moments_edges",
+    "rational_quadratic_spline",
+    "rational_quadratic_spline_backward",
+    "rational_quadratic_spline_rows",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
+    "soft_clip",
     "soft_nms",
     "suppress",
     "three_interpolate",

@@ -53,7 +53,7 @@ def _assert_like_definition(
     derive = spec.autocast_tolerance if autocast and spec.autocast_tolerance else spec.tolerance
     if derive is not None:
 
-        def tolerance() -> Tensor:
+        def tolerance() -> Tensor | tuple[Tensor, ...]:
             return derive(*sample.args, **sample.kwargs)
 
     assert_same_outputs(actual, expected, tolerance=tolerance, context=context)

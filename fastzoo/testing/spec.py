@@ -85,7 +85,7 @@ class OpSpec:
             its arguments, with ``differentiable`` results on.
         dispatch_args: the arguments of the dispatcher operator for a sample.
         tolerance: ``tolerance(args, kwargs)`` -> absolute error allowed of each floating output,
-            derived beside its definition.
+            or a tuple of one each, derived beside its definition.
         autocast_tolerance: as ``tolerance``, of an operator whose products run in the autocast
             dtype; None where it computes in float32 as if its arguments were cast by hand.
         gradient_rtol: ``gradient_rtol(dtype, *args, **kwargs)`` -> relative error of gradients
@@ -117,7 +117,7 @@ class OpSpec:
     fixed_shape: bool = False
     differentiable: Callable[[Any], Tensor] | None = None
     gradient_sample: Callable[[torch.dtype], Sample] | None = None
-    tolerance: Callable[..., Tensor] | None = None
+    tolerance: Callable[..., Tensor | tuple[Tensor, ...]] | None = None
     autocast_tolerance: Callable[..., Tensor] | None = None
     gradient_rtol: Callable[..., float] | None = None
     cancellation: Callable[..., float] | None = None

@@ -1,6 +1,18 @@
 """The table of public functions."""
 
-from fastzoo.testing import boxes, density, detections, neighbours, nms, pointconv, sampling, vq
+from fastzoo.testing import (
+    boxes,
+    coupling,
+    density,
+    detections,
+    masked_linear,
+    neighbours,
+    nms,
+    pointconv,
+    sampling,
+    splines,
+    vq,
+)
 from fastzoo.testing.contrastive import CLIP_LOSS, INFO_NCE, SIGMOID_CONTRASTIVE_LOSS
 from fastzoo.testing.margin_softmax import MARGIN_SOFTMAX_LOSS
 from fastzoo.testing.spec import OpSpec
@@ -20,5 +32,8 @@ SPECS: dict[str, OpSpec] = {
         *sampling.SPECS,
         *density.SPECS,
         *pointconv.SPECS,
+        *coupling.SPECS,
+        *splines.SPECS,
+        *masked_linear.SPECS,
     )
 }

@@ -22,13 +22,13 @@ def assert_same_outputs(
     actual: Any,
     expected: Any,
     *,
-    tolerance: Callable[[], Tensor] | None = None,
+    tolerance: Callable[[], Tensor | tuple[Tensor, ...]] | None = None,
     context: str = "",
 ) -> None:
     """Integer outputs equal bit for bit; floating ones within ``tolerance()`` of the oracle.
 
     NaN and infinities must stand in the same places. The tolerance is absolute, of the shape of
-    the output or broadcastable to it.
+    the output or broadcastable to it; one of each output, where they differ.
     """
     actual, expected = outputs_of(actual), outputs_of(expected)
     assert len(actual) == len(expected), f"{context}: {len(actual)} outputs for {len(expected)}"
@@ -48,7 +48,8 @@ def assert_same_outputs(
         assert torch.equal(a.isinf(), e.isinf()), f"{where}: infinities in other places"
         finite = e.isfinite()
         assert torch.equal(a[e.isinf()], e[e.isinf()]), f"{where}: infinities of another sign"
-        allowed = tolerance().double().cpu() if tolerance else torch.zeros(())
+        bounds = tolerance() if tolerance else torch.zeros(())
+        allowed = (bounds[position] if isinstance(bounds, tuple) else bounds).double().cpu()
         error = (a.double() - e.double()).abs()
         excess = torch.where(finite, error - allowed, -torch.inf)
         if excess.numel() and excess.max() > 0:
