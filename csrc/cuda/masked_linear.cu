@@ -139,7 +139,7 @@ struct Tile {
 };
 
 template <class C, class Inverse>
-__global__ void __launch_bounds__(kThreads) masked_inverse(Masked<C> in) {
+__global__ void __launch_bounds__(kThreads, 2) masked_inverse(Masked<C> in) {
   using Array = typename Tile<C>::Array;
   Tile<C> tile(in, large_shared<Room<C, kLargeShared>>().values);
   Array& values = tile.values;

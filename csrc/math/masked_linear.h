@@ -174,7 +174,7 @@ static inline bool masked_map_named(const char* name, int64_t bins, double const
     return true;
   }
   map.parameters = 2;
-  return coupling_map_named(name, map.coupling) && map.coupling <= CouplingMap::additive;
+  return coupling_map_named(name, map.coupling) && map.coupling <= CouplingMap::softclip;
 }
 
 // What is the same for every feature. Host only.
@@ -244,7 +244,7 @@ static inline __attribute__((always_inline)) void with_masked_inverse(const Mask
                                                                       const Body& body) {
   if (!map.spline) {
     return with_coupling_map(map.coupling, [&](auto coupling) __attribute__((always_inline)) {
-      if constexpr (decltype(coupling)::kParameters > 0) body(AffineInverse<decltype(coupling)>{});
+      if constexpr (decltype(coupling)::kParameters == 2) body(AffineInverse<decltype(coupling)>{});
     });
   }
   const auto with_bins = [&](auto convention) __attribute__((always_inline)) {
