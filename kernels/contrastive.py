@@ -15,6 +15,7 @@ import triton.language as tl
 from fastzoo.reference.precision import compute_dtype
 
 from . import score_tiles
+from .elementary import softplus
 from .runtime import CompileCase, generation, on_device_of
 from .score_tiles import (
     LARGE,
@@ -30,20 +31,6 @@ from .score_tiles import (
 
 FORWARD = {8: LARGE, 9: LARGE, 10: TALL}
 GRADIENT = dict.fromkeys((8, 9, 10), TALL)
-
-
-@triton.jit
-def _softplus(z):
-    """log(1 + exp(z)), however small. With e = exp(-|z|), log(1 + e) = 2 artanh(e / (2 + e)), whose
-    series in at most 1/9 ends below the last bit."""
-    TERMS: tl.constexpr = 17 if z.dtype == tl.float64 else 8
-    e = tl.exp(-tl.abs(z))
-    s = e / (2 + e)
-    square = s * s
-    series = tl.full(z.shape, 1.0 / (2 * TERMS - 1), z.dtype)
-    for k in tl.static_range(TERMS - 1, 0, -1):
-        series = series * square + 1.0 / (2 * k - 1)
-    return tl.maximum(z, 0.0) + 2 * s * series
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "tiles"])
@@ -104,7 +91,7 @@ def _forward_kernel(
             itself = (row - start).to(tl.int32)
             counts = counts & (itself[:, None] != tl.arange(0, BLOCK_N)[None, :])
         if SIGMOID:
-            total += tl.sum(tl.where(counts, _softplus(z), 0.0), axis=1)
+            total += tl.sum(tl.where(counts, softplus(z), 0.0), axis=1)
         else:
             z = tl.where(counts, z, float("-inf"))
             higher = tl.maximum(best, tl.max(z, axis=1))

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from examples import face_margin, nms_methods, pointconv_integral, vqvae_digits
+from examples import face_margin, glow_memory, nms_methods, pointconv_integral, vqvae_digits
 from fastzoo import ops
 
 
@@ -141,3 +141,28 @@ def test_a_convolution_has_to_reach_its_figures() -> None:
     assert pointconv_integral.passed(0.03, 0.1)
     assert not pointconv_integral.passed(0.031, 0.2)
     assert not pointconv_integral.passed(0.01, 0.09)
+
+
+def test_a_glow_stack_has_the_same_gradients_in_every_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(glow_memory, "HIDDEN", 8)
+    x = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    rows = glow_memory.measure(3, x, repeats=1)
+    assert [row.way for row in rows] == list(glow_memory.WAYS)
+    assert all(row.error <= 1e-4 and row.seconds > 0 for row in rows)
+    output = tmp_path / "memory.png"
+    assert glow_memory.draw(rows, output)
+    assert output.stat().st_size > 10_000
+
+
+def test_inverted_stacks_have_to_reach_their_figures() -> None:
+    def rows(peak: int, error: float) -> list[glow_memory.Row]:
+        shallow = glow_memory.Row(4, "stored", 10, 0.1, 0.0)
+        deep = dataclasses.replace(shallow, depth=64, peak=100)
+        inverted = dataclasses.replace(deep, way="inverted, no anchors", peak=peak, error=error)
+        return [shallow, deep, inverted]
+
+    assert glow_memory.passed(rows(25, 1e-4))
+    assert not glow_memory.passed(rows(26, 1e-4))
+    assert not glow_memory.passed(rows(25, 2e-3))

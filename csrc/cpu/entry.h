@@ -1,8 +1,13 @@
 // What the entries of the CPU operators share.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <initializer_list>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../torch_abi.h"
 #include "runtime/dtype.h"
@@ -54,6 +59,19 @@ inline const void* data_or_null(const Tensor& tensor) {
 inline Tensor empty_if(bool needed, const Tensor& like, std::initializer_list<int64_t> sizes,
                        ScalarType dtype) {
   return needed ? empty(like, sizes, dtype) : empty(like, {0}, dtype);
+}
+
+// A large result that is new memory is mapped page by page as it is written, which takes longer
+// than the writing; in huge pages, where the system grants them on request, it does not.
+inline const Tensor& in_huge_pages(const Tensor& result) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+  const uintptr_t end = begin + result.numel() * element_size(result.scalar_type());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (last > first + kPage) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return result;
 }
 
 // For what is added to, or set in part.

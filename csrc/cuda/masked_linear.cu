@@ -218,11 +218,11 @@ bool fit(Masked<C>& in, int bytes) {
 template <class C>
 void launch(const Tensor& y, const math::MaskedMap& map, Masked<C>& in) {
   const Stream stream(y);
-  const auto launch_in = [&](auto room) {
+  const auto launch_in = [&](auto bytes) {
     math::with_masked_inverse<0>(map, [&](auto inverse) {
-      stream.launch_large<decltype(room)>("masked_inverse", masked_inverse<C, decltype(inverse)>,
-                                          blocks_for(in.batch, int64_t{1} << in.log_samples),
-                                          kThreads, in);
+      stream.launch_large<Room<C, bytes.value>>(
+          "masked_inverse", masked_inverse<C, decltype(inverse)>,
+          blocks_for(in.batch, int64_t{1} << in.log_samples), kThreads, in);
     });
   };
   constexpr int kLittle = 32 * 1024;
@@ -235,10 +235,10 @@ void launch(const Tensor& y, const math::MaskedMap& map, Masked<C>& in) {
   STD_TORCH_CHECK(fit(in, most), "autoregressive_inverse: ", in.layout.features, " features and ",
                   in.layout.units, " hidden units of a sample, and ", in.parameters,
                   " parameters, do not fit in this GPU's ", most, " bytes of shared memory");
-  if (fit(in, kLittle)) return launch_in(Room<C, kLittle>{});
-  if (fit(in, kCommonShared)) return launch_in(Room<C, kCommonShared>{});
+  if (fit(in, kLittle)) return launch_in(std::integral_constant<int, kLittle>{});
+  if (fit(in, kCommonShared)) return launch_in(std::integral_constant<int, kCommonShared>{});
   fit(in, kLargeShared);
-  launch_in(Room<C, kLargeShared>{});
+  launch_in(std::integral_constant<int, kLargeShared>{});
 }
 
 template <class C>

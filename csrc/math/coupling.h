@@ -70,19 +70,18 @@ struct CouplingGradients {
   V x, shift, scale;
 };
 
-// ---- scales: of a raw scale s, what x is multiplied by, and the log of that (both turned for an
-// ---- inverse); and the derivative of a, which is not turned.
+// ---- scales: of a raw scale s, what x is multiplied by and the log of that, both turned for an
+// ---- inverse; and the derivative of a, which is not turned.
 
 template <class V>
 struct Scale {
   V log, factor, slope;
 };
 
-template <class T, class V>
-FASTZOO_HD Scale<V> scale_of_log(const CouplingConstants<T>& c, V a, V slope) {
-  const V turned = V(c.turn) * a;
-  return {turned, wide_exponential(turned), slope};
-}
+template <class V>
+struct LogScale {
+  V log, slope;
+};
 
 template <class T, class V>
 FASTZOO_HD Scale<V> scale_of_factor(const CouplingConstants<T>& c, V log, V factor, V slope) {
@@ -101,7 +100,8 @@ struct ExponentialScale {
   static constexpr int kParameters = 2;
   template <class T, class V>
   FASTZOO_HD Scale<V> of(const CouplingConstants<T>& c, V s) {
-    return scale_of_log(c, s, V(1));
+    const V log = V(c.turn) * s;
+    return {log, wide_exponential(log), V(1)};
   }
 };
 
@@ -124,25 +124,23 @@ struct SigmoidScale {
 };
 
 // a = constant tanh(s), whose derivative does not cancel where tanh(s) is close to 1.
-struct TanhScale {
-  static constexpr int kParameters = 2;
+struct TanhLog {
   template <class T, class V>
-  FASTZOO_HD Scale<V> of(const CouplingConstants<T>& c, V s) {
+  FASTZOO_HD LogScale<V> of(const CouplingConstants<T>& c, V s) {
     const ExponentialPair<V> e = exponential_pair(V(-2) * absolute(s));
     const V q = V(1) / (V(2) + e.less_one);
     const V size = e.less_one * q;  // -tanh |s|
     const V tanh = select_greater(V(0), s, size, V(0) - size);
-    return scale_of_log(c, V(c.constant) * tanh, V(c.constant * 4) * e.value * q * q);
+    return {V(c.turn * c.constant) * tanh, V(c.constant * 4) * e.value * q * q};
   }
 };
 
 // a = constant 0.636 atan(s).
-struct ArctangentScale {
-  static constexpr int kParameters = 2;
+struct ArctangentLog {
   template <class T, class V>
-  FASTZOO_HD Scale<V> of(const CouplingConstants<T>& c, V s) {
-    const V factor = V(c.constant * static_cast<T>(0.636));
-    return scale_of_log(c, factor * arctangent(s), factor / fused_multiply_add(s, s, V(1)));
+  FASTZOO_HD LogScale<V> of(const CouplingConstants<T>& c, V s) {
+    const T bound = c.constant * static_cast<T>(0.636);
+    return {V(c.turn * bound) * arctangent(s), V(bound) / fused_multiply_add(s, s, V(1))};
   }
 };
 
@@ -166,34 +164,62 @@ struct SoftplusScale {
 };
 
 // a = s / (1 + |s / log(constant)|).
-struct SoftclipScale {
+struct SoftclipLog {
+  template <class T, class V>
+  FASTZOO_HD LogScale<V> of(const CouplingConstants<T>& c, V s) {
+    const V q = V(c.log_constant) / (V(c.log_constant) - absolute(s));
+    return {V(c.turn) * s * q, q * q};
+  }
+};
+
+// A scale that is the exponential of what Log makes of s.
+template <class Log>
+struct ExponentialOf {
   static constexpr int kParameters = 2;
   template <class T, class V>
+  FASTZOO_HD LogScale<V> log_of(const CouplingConstants<T>& c, V s) {
+    return Log::of(c, s);
+  }
+  template <class V>
+  FASTZOO_HD Scale<V> of_log(LogScale<V> scale) {
+    return {scale.log, wide_exponential(scale.log), scale.slope};
+  }
+  template <class T, class V>
   FASTZOO_HD Scale<V> of(const CouplingConstants<T>& c, V s) {
-    const V q = V(c.log_constant) / (V(c.log_constant) - absolute(s));
-    return scale_of_log(c, s * q, q * q);
+    return of_log(log_of(c, s));
   }
 };
 
 // ---- maps: apply() gives the value and the log of the derivative, gradients() the gradients by x,
 // ---- t and s, given those by the value and by the log.
 
-template <class ScaleOf>
+template <class Scales>
 struct AffineMap {
-  static constexpr int kParameters = ScaleOf::kParameters;
+  static constexpr int kParameters = Scales::kParameters;
+  using ScaleOf = Scales;
+
+  template <class T, class V>
+  FASTZOO_HD V value(const CouplingConstants<T>& c, V x, V t, V factor) {
+    const V shift = V(c.turn) * t;
+    if (c.adds_first) return (x + shift) * factor;
+    return fused_multiply_add(x, factor, shift);
+  }
 
   template <class T, class V>
   FASTZOO_HD Mapped<V> apply(const CouplingConstants<T>& c, V x, V t, V s) {
     const Scale<V> scale = ScaleOf::of(c, s);
-    const V shift = V(c.turn) * t;
-    if (c.adds_first) return {(x + shift) * scale.factor, scale.log};
-    return {fused_multiply_add(x, scale.factor, shift), scale.log};
+    return {value(c, x, t, scale.factor), scale.log};
   }
 
   template <class T, class V>
   FASTZOO_HD CouplingGradients<V> gradients(const CouplingConstants<T>& c, V grad, V grad_log, V x,
                                             V t, V s) {
-    const Scale<V> scale = ScaleOf::of(c, s);
+    return gradients_of_scale(c, grad, grad_log, x, t, ScaleOf::of(c, s));
+  }
+
+  template <class T, class V>
+  FASTZOO_HD CouplingGradients<V> gradients_of_scale(const CouplingConstants<T>& c, V grad,
+                                                     V grad_log, V x, V t, Scale<V> scale) {
     const V turn = V(c.turn);
     const V by_x = grad * scale.factor;
     V added = x, by_shift = grad;
@@ -279,22 +305,25 @@ struct LogitMap {
   }
 };
 
-// y = x, or constant x where x is negative.
+// y = x, or constant x where x is negative. NaN has the derivative of what is negative.
 struct LeakyReluMap {
   static constexpr int kParameters = 0;
 
   template <class T, class V>
   FASTZOO_HD Mapped<V> apply(const CouplingConstants<T>& c, V x, V, V) {
-    return {select_greater(V(0), x, slope<V>(c) * x, x),
-            select_greater(V(0), x, V(c.turn * c.log_constant), V(0))};
+    return {by_sign(x, x, slope<V>(c) * x), by_sign(x, V(0), V(c.turn * c.log_constant))};
   }
 
   template <class T, class V>
   FASTZOO_HD CouplingGradients<V> gradients(const CouplingConstants<T>& c, V grad, V, V x, V, V) {
-    return {select_greater(V(0), x, slope<V>(c) * grad, grad), V(0), V(0)};
+    return {by_sign(x, grad, slope<V>(c) * grad), V(0), V(0)};
   }
 
  private:
+  template <class V>
+  FASTZOO_HD V by_sign(V x, V of_positive, V of_negative) {
+    return select_greater(V(0), x, of_negative, select_greater(x, V(-1), of_positive, of_negative));
+  }
   template <class V, class T>
   FASTZOO_HD V slope(const CouplingConstants<T>& c) {
     return V(c.inverse ? c.reciprocal : c.constant);
@@ -311,13 +340,13 @@ static inline __attribute__((always_inline)) void with_coupling_map(CouplingMap 
     case CouplingMap::sigmoid2:
       return body(AffineMap<SigmoidScale>{});
     case CouplingMap::tanh:
-      return body(AffineMap<TanhScale>{});
+      return body(AffineMap<ExponentialOf<TanhLog>>{});
     case CouplingMap::atan:
-      return body(AffineMap<ArctangentScale>{});
+      return body(AffineMap<ExponentialOf<ArctangentLog>>{});
     case CouplingMap::softplus:
       return body(AffineMap<SoftplusScale>{});
     case CouplingMap::softclip:
-      return body(AffineMap<SoftclipScale>{});
+      return body(AffineMap<ExponentialOf<SoftclipLog>>{});
     case CouplingMap::additive:
       return body(AffineMap<NoScale>{});
     case CouplingMap::soft_clip:

@@ -44,8 +44,6 @@ FASTZOO_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf(a
 FASTZOO_HD double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
 FASTZOO_HD float exponential(float a) { return ::expf(a); }
 FASTZOO_HD double exponential(double a) { return ::exp(a); }
-FASTZOO_HD float logarithm(float a) { return ::logf(a); }
-FASTZOO_HD double logarithm(double a) { return ::log(a); }
 FASTZOO_HD float log_one_plus(float a) { return ::log1pf(a); }
 FASTZOO_HD double log_one_plus(double a) { return ::log1p(a); }
 // Where a vector's exponential and log_one_plus are of less than all numbers, these are of all: of

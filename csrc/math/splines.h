@@ -7,14 +7,6 @@
 #include "contrastive.h"
 #include "host_device.h"
 
-#if defined(__CUDACC__)
-#define FASTZOO_UNROLL_BINS _Pragma("unroll")
-#elif defined(__GNUC__) && !defined(__clang__)
-#define FASTZOO_UNROLL_BINS _Pragma("GCC unroll 8")
-#else
-#define FASTZOO_UNROLL_BINS
-#endif
-
 namespace fastzoo::math {
 
 enum class SplineConvention : int { nflows = 0, zuko = 1 };
@@ -44,6 +36,7 @@ FASTZOO_HD constexpr int spline_derivative_of(SplineTails tails, int bins, int k
 template <class T>
 struct SplineAxis {
   T low, high;
+  T before, beyond;  // the numbers next to them outside
   T least, share;
   T clip;  // zuko's raw size u counts as u / (1 + clip |u|)
 };
@@ -55,7 +48,14 @@ struct SplineBox {
   T clip;              // zuko, of derivatives
 };
 
-// What is in `minima` for zuko is its slope. Host only.
+static inline float next_number(float a, int direction) {
+  return ::nextafterf(a, direction * __builtin_huge_valf());
+}
+static inline double next_number(double a, int direction) {
+  return ::nextafter(a, direction * __builtin_huge_val());
+}
+
+// The minima of zuko are its slope. Host only.
 template <class T>
 static inline SplineBox<T> spline_box(SplineConvention convention, int bins, double left,
                                       double right, double bottom, double top, double min_width,
@@ -63,13 +63,32 @@ static inline SplineBox<T> spline_box(SplineConvention convention, int bins, dou
   const bool zuko = convention == SplineConvention::zuko;
   const auto axis = [&](double low, double high, double minimum) {
     const double least = zuko ? 0 : minimum * (high - low);
-    return SplineAxis<T>{static_cast<T>(low), static_cast<T>(high), static_cast<T>(least),
+    return SplineAxis<T>{static_cast<T>(low),
+                         static_cast<T>(high),
+                         next_number(static_cast<T>(low), -1),
+                         next_number(static_cast<T>(high), 1),
+                         static_cast<T>(least),
                          static_cast<T>(high - low - bins * least),
                          static_cast<T>(zuko ? 2 / __builtin_fabs(__builtin_log(minimum)) : 0)};
   };
   return {axis(left, right, min_width), axis(bottom, top, min_height),
           static_cast<T>(zuko ? 0 : min_derivative),
           static_cast<T>(zuko ? 1 / __builtin_fabs(__builtin_log(min_derivative)) : 0)};
+}
+
+// Calls body(i) for i from 0 on. kCount is how often where it is known, else 0.
+template <int kCount, class Body>
+FASTZOO_HD void spline_loop(int count, const Body& body) {
+  if constexpr (kCount > 0) {
+#if defined(__CUDACC__)
+#pragma unroll
+#elif defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 8
+#endif
+    for (int i = 0; i < kCount; ++i) body(i);
+  } else {
+    for (int i = 0; i < count; ++i) body(i);
+  }
 }
 
 // u / (1 + clip |u|), and its derivative.
@@ -87,26 +106,18 @@ FASTZOO_HD V spline_clip_slope(T clip, V u) {
 // their place; returns their sum. kBins is the number of bins where it is known, else 0.
 template <SplineConvention kConvention, int kBins, class T, class V, class Line>
 FASTZOO_HD V spline_exponentials(const SplineAxis<T>& axis, int bins, Line& line) {
-  const int count = kBins > 0 ? kBins : bins;
-  V sum(T(0));
-  if constexpr (kConvention == SplineConvention::zuko) {
-    FASTZOO_UNROLL_BINS
-    for (int j = 0; j < count; ++j) {
-      const V e = exponential(spline_clip(axis.clip, V(line[j])));
-      sum = sum + e;
-      line[j] = e;
-    }
-  } else {
-    V highest = line[0];
-    FASTZOO_UNROLL_BINS
-    for (int j = 1; j < count; ++j) highest = maximum(highest, V(line[j]));
-    FASTZOO_UNROLL_BINS
-    for (int j = 0; j < count; ++j) {
-      const V e = exponential(V(line[j]) - highest);
-      sum = sum + e;
-      line[j] = e;
-    }
+  V sum(T(0)), highest = line[0];
+  if constexpr (kConvention == SplineConvention::nflows) {
+    spline_loop<kBins>(bins, [&](int j) { highest = maximum(highest, V(line[j])); });
   }
+  spline_loop<kBins>(bins, [&](int j) {
+    // What zuko clips is bounded already.
+    const V raw = line[j];
+    const V e = exponential(kConvention == SplineConvention::zuko ? spline_clip(axis.clip, raw)
+                                                                  : raw - highest);
+    sum = sum + e;
+    line[j] = e;
+  });
   return sum;
 }
 
@@ -144,6 +155,23 @@ struct SplineBin {
   V d0, d1;  // derivatives at its ends; raw where spline_bin() leaves them
 };
 
+// `later` where its lower knot is not above `at`, else `bin`.
+template <class V>
+FASTZOO_HD SplineSide<V> spline_later(V knot, V at, const SplineSide<V>& side,
+                                      const SplineSide<V>& later) {
+  return {select_greater(knot, at, side.low, later.low),
+          select_greater(knot, at, side.high, later.high),
+          select_greater(knot, at, side.sum_low, later.sum_low),
+          select_greater(knot, at, side.sum_high, later.sum_high)};
+}
+template <class V>
+FASTZOO_HD SplineBin<V> spline_later(V knot, V at, const SplineBin<V>& bin,
+                                     const SplineBin<V>& later) {
+  return {select_greater(knot, at, bin.index, later.index), spline_later(knot, at, bin.x, later.x),
+          spline_later(knot, at, bin.y, later.y), select_greater(knot, at, bin.d0, later.d0),
+          select_greater(knot, at, bin.d1, later.d1)};
+}
+
 // The last bin whose lower knot is not above `at`, by x or, for the inverse, by y. Sizes are what
 // spline_exponentials() leaves with its sums; derivatives are raw and of all bins + 1 knots.
 template <int kBins, bool kInverse, class T, class V, class Sizes, class Derivatives>
@@ -153,41 +181,28 @@ FASTZOO_HD SplineBin<V> spline_bin(const SplineBox<T>& box, int bins, const Size
   const int count = kBins > 0 ? kBins : bins;
   const V x_share = V(box.x.share) / width_sum;
   const V y_share = V(box.y.share) / height_sum;
-  SplineBin<V> bin;
+  SplineBin<V> bin{};
   V x(box.x.low), y(box.y.low), x_sum(T(0)), y_sum(T(0));
-  FASTZOO_UNROLL_BINS
-  for (int j = 0; j < count; ++j) {
-    const T before = static_cast<T>(j + 1);
+  spline_loop<kBins>(bins, [&](int j) {
+    const T through = static_cast<T>(j + 1);
     const bool last = j + 1 == count;
     const V x_through = x_sum + V(widths[j]);
     const V y_through = y_sum + V(heights[j]);
     const V x_next =
-        last ? V(box.x.high) : V(box.x.low + before * box.x.least) + x_share * x_through;
+        last ? V(box.x.high) : V(box.x.low + through * box.x.least) + x_share * x_through;
     const V y_next =
-        last ? V(box.y.high) : V(box.y.low + before * box.y.least) + y_share * y_through;
-    const V d0 = derivatives[j], d1 = derivatives[j + 1];
-    if (j == 0) {
-      bin = {V(T(0)), {x, x_next, x_sum, x_through}, {y, y_next, y_sum, y_through}, d0, d1};
-    } else {
-      const V knot = kInverse ? y : x;
-      const auto take = [&](V& kept, V own) { kept = select_greater(knot, at, kept, own); };
-      take(bin.index, V(static_cast<T>(j)));
-      take(bin.x.low, x);
-      take(bin.x.high, x_next);
-      take(bin.x.sum_low, x_sum);
-      take(bin.x.sum_high, x_through);
-      take(bin.y.low, y);
-      take(bin.y.high, y_next);
-      take(bin.y.sum_low, y_sum);
-      take(bin.y.sum_high, y_through);
-      take(bin.d0, d0);
-      take(bin.d1, d1);
-    }
+        last ? V(box.y.high) : V(box.y.low + through * box.y.least) + y_share * y_through;
+    const SplineBin<V> own{V(static_cast<T>(j)),
+                           {x, x_next, x_sum, x_through},
+                           {y, y_next, y_sum, y_through},
+                           derivatives[j],
+                           derivatives[j + 1]};
+    bin = j == 0 ? own : spline_later(kInverse ? y : x, at, bin, own);
     x = x_next;
     y = y_next;
     x_sum = x_through;
     y_sum = y_through;
-  }
+  });
   return bin;
 }
 
@@ -253,17 +268,16 @@ FASTZOO_HD SplinePoint<V> spline_point(const SplineBin<V>& bin, V at) {
   point.s = point.h / point.w;
   point.beta = (bin.d0 - point.s) + (bin.d1 - point.s);
   if constexpr (kInverse) {
-    // The root of (a theta + b) theta = s g in [0, 1], in the form whose terms do not cancel.
-    const V g = spline_within_one<T>((at - bin.y.low) / point.h);
-    const V a = fused_multiply_add(g, point.beta, point.s - bin.d0);
-    const V b = bin.d0 - g * point.beta;
-    const V c = point.s * g;
-    const V four_c = V(T(4)) * c;
-    const V root = square_root(maximum(fused_multiply_add(b, b, a * four_c), V(T(0))));
-    const V sum = absolute(b) + root;
-    const V falling = select_greater(V(T(0)), b, sum, c + c);
-    const V theta = falling / select_greater(V(T(0)), b, a + a, sum);
-    spline_place<T>(bin, select_greater(V(T(1)), g, spline_within_one<T>(theta), g), point);
+    // The root of a quadratic, from the end of the bin that makes it a quotient of sums; the
+    // discriminant is a sum too.
+    const V g = spline_within_one<T>((at - bin.y.low) / point.h), rest = V(T(1)) - g;
+    const V lean = rest * bin.d0 - g * bin.d1, zero(T(0));
+    const V twice = point.s + point.s;
+    const V root = square_root(fused_multiply_add(twice * twice, g * rest, lean * lean));
+    const V own = twice * select_greater(zero, lean, rest, g);
+    const V from_end = own / (absolute(lean) + own + root);
+    const V theta = select_greater(zero, lean, V(T(1)) - from_end, from_end);
+    spline_place<T>(bin, select_greater(V(T(1)), g, theta, g), point);
   } else {
     spline_place<T>(bin, spline_within_one<T>((at - bin.x.low) / point.w), point);
   }
@@ -275,11 +289,11 @@ struct SplineValue {
   V value, log_slope;  // log_slope: log |d value / d at|
 };
 
-// `inside` where `at` is in the box, else `outside`. A NaN counts as inside.
+// `inside` where `at` is in the box, else `outside`, as a NaN is.
 template <class T, class V>
 FASTZOO_HD V spline_inside(const SplineAxis<T>& axis, V at, V inside, V outside) {
-  return select_greater(V(axis.low), at, outside,
-                        select_greater(at, V(axis.high), outside, inside));
+  return select_greater(at, V(axis.before), select_greater(V(axis.beyond), at, inside, outside),
+                        outside);
 }
 
 // y of a point, or x for the inverse; beyond the box what the tails say.
@@ -393,6 +407,16 @@ FASTZOO_HD V spline_spread_to(const SplineSpread<V>& spread, int j, V exponentia
   return exponential_of_j *
          select_greater(spread.index, at, spread.below,
                         select_greater(at, spread.index, spread.above, spread.own));
+}
+
+// The gradient by the raw derivative of a knot, given those by the two at the ends of the bin.
+template <class T, class V>
+FASTZOO_HD V spline_knot_gradient(const SplineBin<V>& bin, int knot, V by_d0, V by_d1) {
+  const V zero(T(0));
+  const T at = static_cast<T>(knot);
+  const V upper = select_greater(bin.index, V(at - T(1.5)), by_d1, zero);
+  const V lower = select_greater(bin.index, V(at - T(0.5)), by_d0, upper);
+  return select_greater(bin.index, V(at + T(0.5)), zero, lower);
 }
 
 }  // namespace fastzoo::math

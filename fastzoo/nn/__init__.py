@@ -1,5 +1,6 @@
 """Modules with parameters, assembled from fastzoo.ops."""
 
+from fastzoo.nn import flows
 from fastzoo.nn.edge_conv import EdgeConv
 from fastzoo.nn.fsq import FSQ
 from fastzoo.nn.gumbel_vq import GumbelVQ
@@ -25,4 +26,5 @@ __all__ = [
     "ShardedMarginSoftmaxLoss",
     "SimVQ",
     "VectorQuantize",
+    "flows",
 ]

@@ -1,6 +1,12 @@
 """The public operators: checked arguments, one dispatcher operator each, any backend."""
 
 from fastzoo.ops._kmeans import KMeansOutput, kmeans
+from fastzoo.ops._mixing import actnorm, invertible_conv1x1, squeeze, unsqueeze
+from fastzoo.ops._polynomial_splines import (
+    cubic_spline,
+    linear_spline,
+    quadratic_spline,
+)
 from fastzoo.ops.boxes import (
     box_iou,
     box_iou_rotated,
@@ -75,6 +81,7 @@ from fastzoo.reference.margins import (
     Plain,
     SphereFace,
 )
+from fastzoo.reference.mixing import LU
 from fastzoo.reference.neighbours import (
     KNN,
 )
@@ -85,6 +92,7 @@ from fastzoo.reference.vq import VQOutput
 
 __all__ = [
     "KNN",
+    "LU",
     "AdaFace",
     "ArcFace",
     "Combined",
@@ -102,6 +110,7 @@ __all__ = [
     "Plain",
     "SphereFace",
     "VQOutput",
+    "actnorm",
     "additive_coupling",
     "affine_coupling",
     "autoregressive_inverse",
@@ -113,6 +122,7 @@ __all__ = [
     "complete_box_iou",
     "complete_box_iou_loss",
     "coupling",
+    "cubic_spline",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -122,11 +132,13 @@ __all__ = [
     "group_points",
     "info_nce",
     "inverse_density_scale",
+    "invertible_conv1x1",
     "kernel_density",
     "kmeans",
     "knn_gather",
     "knn_points",
     "leaky_relu",
+    "linear_spline",
     "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
@@ -141,13 +153,16 @@ __all__ = [
     "peak_nms",
     "pointconv",
     "pointconv_moments",
+    "quadratic_spline",
     "rational_quadratic_spline",
     "sample_farthest_points",
     "sigmoid_contrastive_loss",
     "soft_clip",
     "soft_nms",
+    "squeeze",
     "three_interpolate",
     "three_nn",
+    "unsqueeze",
     "voxel_grid",
     "vq_ema_update_",
     "vq_nearest",

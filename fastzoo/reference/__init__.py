@@ -53,6 +53,7 @@ from fastzoo.reference.masked_linear import (
     autoregressive_inverse_backward,
     autoregressive_inverse_rows,
 )
+from fastzoo.reference.mixing import actnorm, invertible_conv1x1, squeeze, unsqueeze
 from fastzoo.reference.neighbours import (
     ball_query,
     knn_gather,
@@ -76,6 +77,11 @@ from fastzoo.reference.pointconv import (
     three_interpolate,
     three_nn,
 )
+from fastzoo.reference.polynomial_splines import (
+    cubic_spline,
+    linear_spline,
+    quadratic_spline,
+)
 from fastzoo.reference.sampling import (
     farthest_points,
     grid_subsample,
@@ -98,6 +104,7 @@ from fastzoo.reference.vq import (
 )
 
 __all__ = [
+    "actnorm",
     "additive_coupling",
     "affine_coupling",
     "autoregressive_inverse",
@@ -117,6 +124,7 @@ __all__ = [
     "coupling",
     "coupling_backward",
     "coupling_rows",
+    "cubic_spline",
     "distance_box_iou",
     "distance_box_iou_loss",
     "edge_features",
@@ -127,12 +135,14 @@ __all__ = [
     "group_points",
     "info_nce",
     "inverse_density_scale",
+    "invertible_conv1x1",
     "kernel_density",
     "kernel_density_backward",
     "kernel_density_rows",
     "knn_gather",
     "knn_points",
     "leaky_relu",
+    "linear_spline",
     "logit",
     "margin_softmax_logits",
     "margin_softmax_loss",
@@ -158,6 +168,7 @@ __all__ = [
     "pointconv_moments",
     "pointconv_moments_backward",
     "pointconv_moments_edges",
+    "quadratic_spline",
     "rational_quadratic_spline",
     "rational_quadratic_spline_backward",
     "rational_quadratic_spline_rows",
@@ -165,10 +176,12 @@ __all__ = [
     "sigmoid_contrastive_loss",
     "soft_clip",
     "soft_nms",
+    "squeeze",
     "suppress",
     "three_interpolate",
     "three_nn",
     "to_corners",
+    "unsqueeze",
     "vote",
     "voxel_grid",
     "voxel_grid_rows",

@@ -108,7 +108,7 @@ def _map(
     slope = 1 / constant if inverse else constant
     above = x >= 0
     # NaN is neither: it comes out as NaN, with the derivative of a number below zero.
-    return torch.where(above, x, slope * x), torch.where(above, 0.0, math.log(slope)).to(x.dtype)
+    return torch.where(above, x, slope * x), (~above).to(x.dtype) * math.log(slope)
 
 
 def _derivatives(

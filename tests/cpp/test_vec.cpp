@@ -125,6 +125,21 @@ void check_conversion(int& failures, int mantissa_bits, int bias) {
     const Vec<float> wide = load_wide(elements + 1);
     for (int i = 0; i < kSize; ++i) CHECK(same(wide[i], widen(elements[i + 1])));
   }
+  // And to any address, rounded as a number by itself is: every element, and what is between them.
+  for (int bits = 0; bits < 0x10000; bits += kSize) {
+    for (const uint32_t beyond : {0u, 1u, 0x800u, 0x1000u, 0x1001u, 0x8000u, 0x18000u}) {
+      float values[kSize];
+      for (int i = 0; i < kSize; ++i) {
+        const Element element{static_cast<uint16_t>(bits + i)};
+        values[i] = math::bits_as<float>(math::bits_as<uint32_t>(widen(element)) + beyond);
+      }
+      store_narrow(Vec<float>::load(values), elements + 1);
+      for (int i = 0; i < kSize; ++i) {
+        narrow(values[i], narrowed);
+        CHECK(elements[i + 1].bits == narrowed.bits);
+      }
+    }
+  }
 }
 
 template <class T>
@@ -146,6 +161,23 @@ void check_transpose(int& failures) {
   for (int i = 0; i < kSize; ++i) rows[i] = Vec<T>::load(values[i]);
   const Vec<T> totals = lane_sums(rows);
   for (int i = 0; i < kSize; ++i) CHECK(totals[i] == kSize * kSize * i + kSize * (kSize - 1) / 2);
+
+  for (int i = 0; i < kSize; ++i) rows[i] = Vec<T>::load(values[i]) / Vec<T>(T(3));
+  T each[kSize];
+  for (int i = 0; i < kSize; ++i) each[i] = neighbours_sum(rows[i]);
+  const Vec<T> thirds = lane_sums(rows);
+  for (int i = 0; i < kSize; ++i) CHECK(thirds[i] == each[i]);
+  const Vec<T> even = even_elements(Vec<T>::load(values[0]), Vec<T>::load(values[1]));
+  for (int i = 0; i < kSize; ++i) CHECK(even[i] == 2 * i);
+  alignas(kVectorBytes) T streamed[kSize];
+  stream(Vec<T>::load(values[1]), streamed);
+  stream_fence();
+  for (int i = 0; i < kSize; ++i) CHECK(streamed[i] == kSize + i);
+  uint8_t bytes[kSize + 1] = {};
+  for (int i = 0; i < kSize; ++i) {
+    bytes[i + 1] = static_cast<uint8_t>(1 << i % 8);
+    CHECK(load_mask<T>(bytes + 1).bits == (uint64_t{2} << i) - 1);
+  }
 
   constexpr int kSums = kSize / Vec<double>::size;
   Vec<double> sums[kSums];

@@ -164,6 +164,36 @@ FASTZOO_INLINE void narrow(Vec<double> values, Element* p) {
 }
 FASTZOO_INLINE void narrow(Vec<double> values, double* p) { values.store(p); }
 
+// As many elements as a vector has lanes, in the type that they are computed in, and back.
+FASTZOO_INLINE void store_narrow(Vec<float> values, float* p) { values.store(p); }
+FASTZOO_INLINE void store_narrow(Vec<double> values, double* p) { values.store(p); }
+FASTZOO_INLINE void store_narrow(Vec<float> values, BFloat16* p) {
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  typedef uint16_t Elements __attribute__((vector_size(kVectorBytes / 2)));
+  Words bits;
+  __builtin_memcpy(&bits, &values.v, sizeof(bits));
+  const Words nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const Words rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  const Words chosen = (nan & (bits | 0x400000u)) | (~nan & rounded);
+  const Elements elements = __builtin_convertvector(chosen >> 16, Elements);
+  __builtin_memcpy(p, &elements, sizeof(elements));
+}
+#if defined(__AVX512F__)
+FASTZOO_INLINE void store_narrow(Vec<float> values, Half* p) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(values.v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__AVX2__)
+FASTZOO_INLINE void store_narrow(Vec<float> values, Half* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(values.v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+FASTZOO_INLINE void store_narrow(Vec<float> values, Half* p) {
+  for (int i = 0; i < Vec<float>::size; ++i) narrow(values.v[i], p[i]);
+}
+#endif
+
 // Calls body(Element{}) with the C++ type of a dtype.
 template <class Body>
 FASTZOO_INLINE void with_element(Dtype dtype, const Body& body) {

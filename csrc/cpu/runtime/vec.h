@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
@@ -210,6 +211,51 @@ FASTZOO_INLINE typename Vec<T>::MaskType greater(Vec<T> a, Vec<T> b) {
   return less(b, a);
 }
 
+// Stores at an aligned address, past the caches; stream_fence() comes before another thread reads.
+template <class T>
+FASTZOO_INLINE void stream(Vec<T> a, T* p) {
+#if defined(__AVX512F__)
+  __m512i bits;
+  __builtin_memcpy(&bits, &a.v, sizeof(bits));
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits);
+#elif defined(__AVX2__)
+  __m256i bits;
+  __builtin_memcpy(&bits, &a.v, sizeof(bits));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+#elif defined(__SSE2__)
+  __m128i bits;
+  __builtin_memcpy(&bits, &a.v, sizeof(bits));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits);
+#else
+  a.store(p);
+#endif
+}
+FASTZOO_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// The lanes whose byte is not 0.
+template <class T>
+FASTZOO_INLINE typename Vec<T>::MaskType load_mask(const uint8_t* p) {
+  constexpr int kSize = Vec<T>::size;
+#if defined(__AVX512F__)
+  const __m128i bytes = kSize == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
+                                    : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm_test_epi8_mask(bytes, bytes)};
+#elif defined(__SSE2__)
+  __m128i bytes = _mm_setzero_si128();
+  __builtin_memcpy(&bytes, p, kSize);
+  const int zeros = _mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()));
+  return {~static_cast<uint32_t>(zeros) & Vec<T>::MaskType::kAll};
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kSize; ++i) bits |= static_cast<uint32_t>(p[i] != 0) << i;
+  return {bits};
+#endif
+}
+
 // Over the lanes, always in the same order.
 template <class T>
 FASTZOO_INLINE T lane_sum(Vec<T> a) {
@@ -236,49 +282,70 @@ FASTZOO_INLINE T lane_minimum(Vec<T> a) {
   return least[0];
 }
 
-// Of two vectors, pieces of `step` elements change places: the odd ones of a and the even ones of
+// Of two vectors, pieces of kStep elements change places: the odd ones of a and the even ones of
 // b.
+template <int kStep, class T, int... kLane>
+FASTZOO_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int kSize = Vec<T>::size;
+  const typename Vec<T>::Native a_before = a.v, b_before = b.v;
+  // Indices count the elements of both, those of b from kSize on.
+  a.v = __builtin_shufflevector(a_before, b_before,
+                                ((kLane & kStep) == 0 ? kLane : kSize + kLane - kStep)...);
+  b.v = __builtin_shufflevector(a_before, b_before,
+                                ((kLane & kStep) == 0 ? kLane + kStep : kSize + kLane)...);
+}
+template <int kStep, class T>
+FASTZOO_INLINE void exchange(Vec<T>& a, Vec<T>& b) {
+  exchange<kStep>(a, b, std::make_integer_sequence<int, Vec<T>::size>{});
+}
+
+// Element j of row i becomes element i of row j. With fewer rows than lanes, each piece of as many
+// lanes is turned on its own.
+template <int kStep = 1, class T, int kRows>
+FASTZOO_INLINE void transpose(Vec<T> (&rows)[kRows]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    if ((i & kStep) == 0) exchange<kStep>(rows[i], rows[i + kStep]);
+  }
+  if constexpr (2 * kStep < kRows) transpose<2 * kStep>(rows);
+}
+
+// Every second element of both, from the first on.
 template <class T>
-FASTZOO_INLINE void exchange(Vec<T>& a, Vec<T>& b, int step) {
+FASTZOO_INLINE Vec<T> even_elements(Vec<T> a, Vec<T> b) {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Index Indices __attribute__((vector_size(kVectorBytes)));
+  Indices even;
+#pragma GCC unroll 16
+  for (int i = 0; i < Vec<T>::size; ++i) even[i] = 2 * i;
+  return __builtin_shuffle(a.v, b.v, even);
+}
+
+// The sum over the lanes, as lane_sums() adds it: neighbours first.
+template <class T>
+FASTZOO_INLINE T neighbours_sum(Vec<T> a) {
   constexpr int kSize = Vec<T>::size;
   using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   typedef Index Indices __attribute__((vector_size(kVectorBytes)));
-  Indices first, second;  // elements of both, those of b from kSize on
-#pragma GCC unroll 16
-  for (int i = 0; i < kSize; ++i) {
-    first[i] = (i & step) == 0 ? i : kSize + i - step;
-    second[i] = (i & step) == 0 ? i + step : kSize + i;
-  }
-  const typename Vec<T>::Native a_before = a.v, b_before = b.v;
-  a.v = __builtin_shuffle(a_before, b_before, first);
-  b.v = __builtin_shuffle(a_before, b_before, second);
-}
-
-// Element j of row i becomes element i of row j.
-template <class T>
-FASTZOO_INLINE void transpose(Vec<T> (&rows)[Vec<T>::size]) {
-  constexpr int kSize = Vec<T>::size;
 #pragma GCC unroll 4
   for (int step = 1; step < kSize; step *= 2) {
+    Indices other;
 #pragma GCC unroll 16
-    for (int i = 0; i < kSize; ++i) {
-      if ((i & step) == 0) exchange(rows[i], rows[i + step], step);
-    }
+    for (int i = 0; i < kSize; ++i) other[i] = i ^ step;
+    a.v = a.v + __builtin_shuffle(a.v, other);
   }
+  return a[0];
 }
 
 // Element i is the sum over the lanes of row i. The rows are used up.
-template <class T>
+template <int kStep = 1, class T>
 FASTZOO_INLINE Vec<T> lane_sums(Vec<T> (&rows)[Vec<T>::size]) {
-  constexpr int kSize = Vec<T>::size;
-#pragma GCC unroll 4
-  for (int step = 1; step < kSize; step *= 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kSize; i += 2 * step) {
-      exchange(rows[i], rows[i + step], step);
-      rows[i] = rows[i] + rows[i + step];
-    }
+  for (int i = 0; i < Vec<T>::size; i += 2 * kStep) {
+    exchange<kStep>(rows[i], rows[i + kStep]);
+    rows[i] = rows[i] + rows[i + kStep];
   }
+  if constexpr (2 * kStep < Vec<T>::size) return lane_sums<2 * kStep>(rows);
   return rows[0];
 }
 
