@@ -52,6 +52,8 @@ FASTZOO_HD float wide_exponential(float a) { return ::expf(a); }
 FASTZOO_HD double wide_exponential(double a) { return ::exp(a); }
 FASTZOO_HD float wide_log_one_plus(float a) { return ::log1pf(a); }
 FASTZOO_HD double wide_log_one_plus(double a) { return ::log1p(a); }
+FASTZOO_HD float logarithm(float a) { return ::logf(a); }
+FASTZOO_HD double logarithm(double a) { return ::log(a); }
 
 // exp(a) and exp(a) - 1, where a is not positive.
 template <class T>
