@@ -9,8 +9,10 @@
 
 #if defined(__CUDACC__)
 #define FASTZOO_HD static __host__ __device__ __forceinline__
+#define FASTZOO_HD_MEMBER __host__ __device__ __forceinline__
 #else
 #define FASTZOO_HD static inline __attribute__((always_inline))
+#define FASTZOO_HD_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace fastzoo::math {
