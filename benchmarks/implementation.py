@@ -45,7 +45,7 @@ class Loss:
     """A loss whose gradients belong to the call.
 
     Args:
-        forward: returns the scalar.
+        forward: returns the scalar, or the results that gradients start from.
         inputs: what the gradients are taken of.
         arranged: the gradients as the definition has them, where they lie in another way.
         answers: the arguments and keyword arguments of the definition that it answers, where these
@@ -53,7 +53,7 @@ class Loss:
         autocast: whether autocast is for it.
     """
 
-    forward: Callable[[], Tensor]
+    forward: Callable[[], Tensor | tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...]
     arranged: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda gradients: gradients
     answers: tuple[tuple[Any, ...], dict[str, Any]] | None = None

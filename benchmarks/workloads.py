@@ -462,7 +462,7 @@ def masked_network(
     hidden = F.relu(F.linear(x, w1 * (first[:, None] > steps), b1))
     hidden = F.relu(F.linear(hidden, w2 * (second[:, None] >= first), b2))
     seen = steps.repeat_interleave(multiplier)[:, None] >= second
-    return F.linear(hidden, w3 * seen, b3).unflatten(1, (x.shape[1], multiplier))
+    return F.linear(hidden, w3 * seen, b3).view(len(x), x.shape[1], multiplier)
 
 
 def _networks(features: int, hidden: int, multiplier: int, *, layers: int = 1) -> list[Tensor]:
