@@ -13,6 +13,9 @@ from fastzoo.reference.coupling import part_shape
 from fastzoo.reference.precision import compute_dtype
 from fastzoo.reference.splines import CONVENTIONS, TAILS, bins_of, spline_with
 
+# What a kernel keeps of an element on chip.
+MOST_BINS = 64
+
 _SCALARS = (
     "SymInt begin, SymInt end, SymInt bins, float left, float right, float bottom, float top,"
     " float min_width, float min_height, float min_derivative, str convention, str tails,"
@@ -99,8 +102,8 @@ def rational_quadratic_spline(
 
     Args:
         x: ``[B, ...]``, float32, float64, float16 or bfloat16; a sample is an entry of dimension 0.
-        widths, heights: unconstrained, ``[..., K]``: what changes of x, or what broadcasts to it,
-            by the bins. Slices of one tensor are read where they are.
+        widths, heights: unconstrained, ``[..., K]``, K up to 64: what changes of x, or what
+            broadcasts to it, by the bins. Slices of one tensor are read where they are.
         derivatives: unconstrained, ``[..., J]``: at the K - 1 inner knots for ``linear`` tails, at
             K for ``circular`` ones, whose last knot is the first, and at K + 1 without tails.
             Without heights and derivatives, ``widths`` holds all 2 K + J of them side by side, as
@@ -184,11 +187,13 @@ def _check_parameters(
         check_same("x", x, name, value)
         check_broadcast(name, value, (*part, value.shape[-1]))
     bins = bins_of(widths, heights, tails)
+    if bins > MOST_BINS:
+        raise ValueError(f"widths: expected at most {MOST_BINS} bins, got {bins}")
     wanted = bins + TAILS[tails]
     if heights is None or derivatives is None:
         if bins < 1 or widths.shape[-1] != 2 * bins + wanted:
             raise ValueError(
-                f"widths: expected 3 bins + {TAILS[tails]} numbers an element with tails "
+                f"widths: expected 3 bins {TAILS[tails]:+d} numbers an element with tails "
                 f"{tails!r}, got {widths.shape[-1]}"
             )
         return bins

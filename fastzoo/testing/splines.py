@@ -114,6 +114,7 @@ def invalid() -> Iterator[Invalid]:
     yield Invalid("heights-alone", (x, w, h), {}, ValueError, "derivatives")
     yield Invalid("derivatives", (x, w, h, h), {}, ValueError, "derivatives")
     yield Invalid("packed", (x, torch.cat([w, h], -1)), {}, ValueError, "widths")
+    yield Invalid("bins", (x, *parameters(4, 6, bins=65)), {}, ValueError, "64 bins")
     yield Invalid("tails", (x, w, h, d), {"tails": "periodic"}, ValueError, "tails")
     yield Invalid("convention", (x, w, h, d), {"convention": "pyro"}, ValueError, "convention")
     yield Invalid("bound", (x, w, h, d), {"bound": 0.0}, ValueError, "bound")

@@ -158,3 +158,18 @@ def test_a_density_compiles_into_one_graph() -> None:
 def test_mistakes_are_named(call: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: NSF(1), "features"),
+        (lambda: NSF(3).log_prob(data(4, 2)), "x: expected 3 features"),
+        (lambda: NSF(3, context=2).log_prob(data(4, 3)), "context"),
+        (lambda: NSF(3).inverse(data(4, 3), data(4, 2)), "context"),
+        (lambda: NSF(3).sample(-1), "n: expected"),
+    ],
+)
+def test_errors(call: Callable[[], Tensor], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        call()

@@ -278,3 +278,11 @@ def test_anchors_change_no_name_in_a_checkpoint() -> None:
     inverted.load_state_dict(stored.state_dict())
     x = data(2, *shape).float()
     assert torch.equal(stored(x)[0], inverted(x)[0])
+
+
+def test_an_image_of_another_shape_is_refused() -> None:
+    flow = Glow((3, 8, 8), levels=2, steps=1, hidden=4)
+    with pytest.raises(ValueError, match="x: expected"):
+        flow(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="z: expected"):
+        flow.inverse(torch.zeros(2, 100))

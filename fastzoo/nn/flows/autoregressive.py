@@ -17,7 +17,7 @@ from fastzoo.nn.flows.coupling import (
     spline_parameters,
 )
 from fastzoo.nn.flows.transform import Transform
-from fastzoo.ops._checks import check_choice, check_positive
+from fastzoo.ops._checks import check_choice, check_positive, check_tensor
 
 Univariate = Literal["affine", "spline"]
 
@@ -72,6 +72,8 @@ class MaskedAutoregressive(Transform):
         super().__init__()
         check_positive("features", features)
         check_choice("univariate", univariate, ("affine", "spline"))
+        if features < 2 and not context:
+            raise ValueError(f"features: expected at least 2 without a context, got {features}")
         places = list(range(features) if order is None else torch.as_tensor(order).tolist())
         if sorted(places) != list(range(features)):
             raise ValueError(f"order: expected 0 to {features - 1}, each once, got {places}")
@@ -105,6 +107,7 @@ class MaskedAutoregressive(Transform):
         return spline_parameters(self.bins) if self.univariate == "spline" else 2
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(x, context)
         parameters = self.conditioner(x if context is None else torch.cat([x, context], -1))
         if self.univariate == "spline":
             return ops.rational_quadratic_spline(
@@ -129,6 +132,7 @@ class MaskedAutoregressive(Transform):
         )
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(z, context)
         conditioner = self.conditioner
         net, first = conditioner.by_steps(context)
         is_spline = self.univariate == "spline"
@@ -146,6 +150,17 @@ class MaskedAutoregressive(Transform):
             backend=self.backend,
         )
         return x.index_select(1, conditioner.order0.argsort()), logdet
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        check_tensor("x", x, f"[B, {self.features}]", 2)
+        if x.shape[1] != self.features:
+            raise ValueError(f"x: expected {self.features} features, got {list(x.shape)}")
+        width = self.conditioner.context
+        have = 0 if context is None else context.shape[-1]
+        if have != width:
+            wanted = f"[B, {width}]" if width else "none"
+            got = "none" if context is None else list(context.shape)
+            raise ValueError(f"context: expected {wanted}, got {got}")
 
     def extra_repr(self) -> str:
         how = (

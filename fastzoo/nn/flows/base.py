@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastzoo import ops
+from fastzoo.ops._checks import check_count
 from fastzoo.reference.precision import compute_dtype
 
 
@@ -87,6 +88,7 @@ class Base(nn.Module):
         generator: torch.Generator | None,
         temperature: float,
     ) -> Tensor:
+        check_count("n", n)
         lead = (n,) if context is None else (context.shape[0], n)
         noise = self._noise((*lead, *self.shape), generator)
         return noise if temperature == 1 else noise * temperature

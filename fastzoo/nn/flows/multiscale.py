@@ -1,5 +1,6 @@
 """Images at several scales: squares into channels, and half of the channels out at each scale."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from fastzoo import ops
 from fastzoo.nn.flows.transform import Transform, no_logdet
-from fastzoo.ops._checks import check_positive
+from fastzoo.ops._checks import check_positive, check_tensor
 
 
 class Squeeze(Transform):
@@ -62,7 +63,7 @@ class MultiScale(Transform):
         if not self.levels:
             raise ValueError("levels: expected at least one")
         channels, height, width = shape
-        current = channels, height, width
+        self.shape = current = (channels, height, width)
         # Of what each level makes, before half of it is done.
         self.shapes: list[tuple[int, int, int]] = []
         for level in self.levels:
@@ -77,6 +78,9 @@ class MultiScale(Transform):
             self.shapes.append(current)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_tensor("x", x, "[B, C, H, W]", 4)
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"x: expected {['B', *self.shape]}, got {list(x.shape)}")
         total = no_logdet(x)
         done: list[Tensor] = []
         for level, (channels, _, _) in zip(self.levels, self.shapes, strict=True):
@@ -88,6 +92,9 @@ class MultiScale(Transform):
         return torch.cat([*done, x.flatten(1)], 1), total
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_tensor("z", z, "[B, D]", 2)
+        if z.shape[1] != math.prod(self.shape):
+            raise ValueError(f"z: expected [B, {math.prod(self.shape)}], got {list(z.shape)}")
         total = no_logdet(z)
         parts = z.split(self._sizes(), 1)
         x = parts[-1].view(-1, *self.shapes[-1])
