@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from fastzoo.nn.flows.coupling import _Coupling
 from fastzoo.nn.flows.transform import Compose, Transform, no_logdet
@@ -95,9 +94,17 @@ class InvertibleSequence(Transform):
         found: tuple[Tensor, Tensor] = self._run(z, context, inverse=True)
         return found
 
-    # Nothing in it is a graph: it runs the autograd engine inside of a backward pass.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        # Nothing in it is a graph: it runs the autograd engine inside of a backward pass. Not as a
+        # decorator, which imports the compiler with fastzoo.
+        run = self._run_here
+        if torch.compiler.is_compiling():
+            run = torch.compiler.disable(run)
+        return run(x, context, inverse=inverse)
+
+    def _run_here(
+        self, x: Tensor, context: Tensor | None, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
         parameters = _trained(self)
         inputs = (x, *parameters) if context is None else (x, context, *parameters)
         if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
@@ -200,10 +207,15 @@ class _Surroundings:
     def record(self, x: Tensor) -> None:
         """Called before each layer runs."""
         if self.preserve_rng_state:
+            # Not at the top: it imports the compiler, and takes a second.
+            from torch.utils.checkpoint import get_device_states
+
             self.states.append((torch.get_rng_state(), *get_device_states(x)))
 
     def restore(self, layer: int) -> None:
         if self.preserve_rng_state:
+            from torch.utils.checkpoint import set_device_states
+
             state, devices, own = self.states[layer]
             torch.set_rng_state(state)
             set_device_states(devices, own, device_type=self.device.type)
