@@ -194,11 +194,8 @@ def _univariate(
     values: Tensor, units: Tensor, map: str, bins: int, constant: float, floor: float
 ) -> tuple[Tensor, Tensor]:
     """The inverse of one step's features, and its log-determinant."""
-    if map in SCALE_MAPS:
-        return coupling_rows(values, *_arguments(values, units, map, bins, constant, floor))
-    return rational_quadratic_spline_rows(
-        values, *_arguments(values, units, map, bins, constant, floor)
-    )
+    rows = coupling_rows if map in SCALE_MAPS else rational_quadratic_spline_rows
+    return rows(values, *_arguments(values, units, map, bins, constant, floor))
 
 
 def _univariate_backward(

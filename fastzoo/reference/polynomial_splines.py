@@ -10,6 +10,7 @@ Cubic-Spline Flows (2019), with Steffen's derivatives (1990).
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +30,7 @@ Polynomial = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 def linear_spline(
     x: Tensor,
     pdf: Tensor,
-    *,
-    bound: float = 5.0,
-    tails: str | None = "linear",
-    inverse: bool = False,
-    sum_logdet: bool = True,
-    domain: Box | None = None,
+    **box: Any,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastzoo.ops.linear_spline`."""
     bins = pdf.shape[-1]
@@ -50,19 +46,14 @@ def linear_spline(
             return x0 + (value - y0) / slope, -torch.log(slope)
         return y0 + (value - x0) * slope, torch.log(slope)
 
-    return _in_box(x, polynomial, bound, tails, inverse, sum_logdet, domain)
+    return _in_box(x, polynomial, **box)
 
 
 def quadratic_spline(
     x: Tensor,
     widths: Tensor,
     heights: Tensor,
-    *,
-    bound: float = 5.0,
-    tails: str | None = "linear",
-    inverse: bool = False,
-    sum_logdet: bool = True,
-    domain: Box | None = None,
+    **box: Any,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastzoo.ops.quadratic_spline`."""
     edges = knots(_wide(widths, x), _LEAST, 0.0, 1.0, "nflows")
@@ -94,7 +85,7 @@ def quadratic_spline(
         th = (value - x0) / width
         return y0 + width * th * (low + rise * th / 2), torch.log(low + th * rise)
 
-    return _in_box(x, polynomial, bound, tails, inverse, sum_logdet, domain)
+    return _in_box(x, polynomial, **box)
 
 
 def cubic_spline(
@@ -103,12 +94,7 @@ def cubic_spline(
     heights: Tensor,
     derivative_left: Tensor,
     derivative_right: Tensor,
-    *,
-    bound: float = 5.0,
-    tails: str | None = "linear",
-    inverse: bool = False,
-    sum_logdet: bool = True,
-    domain: Box | None = None,
+    **box: Any,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastzoo.ops.cubic_spline`."""
     edges = knots(_wide(widths, x), _LEAST, 0.0, 1.0, "nflows")
@@ -157,7 +143,7 @@ def cubic_spline(
             th = (th - (rise(th) - wanted) / (width * derivative(th))).clamp(0, 1)
         return x0 + th * width, -torch.log(derivative(th))
 
-    return _in_box(x, polynomial, bound, tails, inverse, sum_logdet, domain)
+    return _in_box(x, polynomial, **box)
 
 
 def _wide(parameter: Tensor, x: Tensor) -> Tensor:
@@ -173,11 +159,12 @@ def _bin(edges: Tensor, value: Tensor) -> Callable[[Tensor, int], Tensor]:
 def _in_box(
     x: Tensor,
     polynomial: Polynomial,
-    bound: float,
-    tails: str | None,
-    inverse: bool,
-    sum_logdet: bool,
-    domain: Box | None,
+    *,
+    bound: float = 5.0,
+    tails: str | None = "linear",
+    inverse: bool = False,
+    sum_logdet: bool = True,
+    domain: Box | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A map of [0, 1] as one of the box, with the identity beyond, or NaN."""
     left, right, bottom, top = domain or (-bound, bound, -bound, bound)

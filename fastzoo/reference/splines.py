@@ -222,7 +222,7 @@ def rational_quadratic_spline_rows(
     dtype = compute_dtype(x)
     part = x[:, begin:end].to(dtype)
     w, h, d = (t.to(dtype) for t in unpacked(widths, heights, derivatives, bins))
-    inside, b, th = _located(part, w, h, d, domain, convention, tails, inverse)
+    inside, b, th, _ = _located(part, w, h, d, domain, convention, tails, inverse)
     y, log = evaluate(th, b, inverse)
     if tails == "none":
         y, log = torch.where(inside, y, torch.nan), torch.where(inside, log, torch.nan)
@@ -241,14 +241,15 @@ def _located(
     convention: str,
     tails: str,
     inverse: bool,
-) -> tuple[Tensor, Bin, Tensor]:
-    """Which elements are in the domain, their bins and their places; the others are at the lower
-    end of a spline of zeros, so that neither they nor their derivatives can be more than a number.
+) -> tuple[Tensor, Bin, Tensor, list[Tensor]]:
+    """Which elements are in the domain, their bins and places, and the parameters; the others are
+    at the lower end of a spline of zeros, so that neither they nor their derivatives can be more
+    than a number.
     """
     low, high = (domain.bottom, domain.top) if inverse else (domain.left, domain.right)
     inside = (part >= low) & (part <= high)
     value = torch.where(inside, part, low)
-    w, h, d = (torch.where(inside[..., None], t, 0) for t in (w, h, d))
+    w, h, d = parameters = [torch.where(inside[..., None], t, 0) for t in (w, h, d)]
     b = bin_of(
         value,
         knots(w, domain.width, domain.left, domain.right, convention),
@@ -256,7 +257,7 @@ def _located(
         slopes(d, domain.derivative, convention, tails),
         inverse,
     )
-    return inside, b, place(value, b, inverse)
+    return inside, b, place(value, b, inverse), parameters
 
 
 def rational_quadratic_spline_backward(
@@ -286,7 +287,7 @@ def rational_quadratic_spline_backward(
     dtype = compute_dtype(x)
     part = x[:, begin:end].to(dtype)
     w, h, d = (t.to(dtype) for t in unpacked(widths, heights, derivatives, bins))
-    inside, b, th = _located(part, w, h, d, domain, convention, tails, inverse)
+    inside, b, th, (w, h, d) = _located(part, w, h, d, domain, convention, tails, inverse)
     above = grad_y[:, begin:end].to(dtype)
     of_log = grad_logdet[:, None] if sum_logdet else grad_logdet[:, begin:end]
     of_value, *of_knots = adjoints(above, of_log.expand_as(part), th, b, inverse)
@@ -301,7 +302,6 @@ def rational_quadratic_spline_backward(
             knot == b.number + 1, second, 0
         )
 
-    w, h, d = (torch.where(inside[..., None], t, 0) for t in (w, h, d))
     grads = (
         _knots_backward(spread(x0, x1), w, min_width, right - left, convention),
         _knots_backward(spread(y0, y1), h, min_height, top - bottom, convention),
