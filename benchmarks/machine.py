@@ -24,6 +24,9 @@ _PACKAGES = (
     "torch_cluster",
     "zuko",
     "nflows",
+    "diffusers",
+    "k-diffusion",
+    "torchdiffeq",
     "scipy",
     "numpy",
 )
