@@ -25,7 +25,8 @@ class Implementation:
         operators: by operator, ``prepare(*args, **kwargs) -> call``. What users of it do once,
             outside of the call, is done in ``prepare``: an index is built, boxes are converted.
             ``call()`` returns indices; of a loss ``prepare`` returns a :class:`Loss` instead, and
-            is given leaves where gradients are wanted. It may raise :class:`Unavailable`.
+            is given leaves where gradients are wanted; or an :class:`Other`. It may raise
+            :class:`Unavailable`.
         kind: ``auto`` (what fastzoo runs by default), ``backend`` (another one of its own) or
             ``peer``.
         note: what a reader of its times has to know.
@@ -58,6 +59,19 @@ class Loss:
     arranged: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda gradients: gradients
     answers: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     autocast: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """A call that answers another question than its row's: one with other noise.
+
+    Args:
+        call: as what ``prepare`` returns.
+        kwargs: the keyword arguments of the definition that it answers.
+    """
+
+    call: Callable[[], Any]
+    kwargs: dict[str, Any]
 
 
 def require(module: str) -> Any:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.implementation import Implementation, Loss, require_few_steps, require_memory
-from benchmarks.workloads import MEASURED, Workload
+from benchmarks.workload import Workload
+from benchmarks.workloads import MEASURED
 from fastzoo import reference
 from fastzoo.testing import OpSpec
 from fastzoo.testing.boxes import eager_box_iou

@@ -7,7 +7,8 @@ import torch
 
 from benchmarks.implementation import Implementation, Loss, Unavailable, first_line
 from benchmarks.peers.eager import formula
-from benchmarks.workloads import MEASURED, Workload
+from benchmarks.workload import Workload
+from benchmarks.workloads import MEASURED
 from fastzoo.testing import OpSpec
 from fastzoo.testing.losses import leaves
 
