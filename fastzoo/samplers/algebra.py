@@ -7,7 +7,7 @@ those of a whole run, on the device since its beginning.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, Union
+from typing import Any, TypeAlias
 
 import numpy
 import torch
@@ -18,7 +18,7 @@ from fastzoo import ops
 # One number for all samples, or a float64 array [B] with one for each.
 Coefficient: TypeAlias = Any
 # A tensor by its name, or a draw of noise by its number.
-Term: TypeAlias = Union[str, int]
+Term: TypeAlias = str | int
 
 _TENSORS, _ROWS = 8, 3
 _EARLIER, _NOISE, _DRAW, _BOUND, _WIDTH = 8, 10, 11, 12, 13
@@ -53,7 +53,7 @@ class Combination:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Coefficient) -> "Combination":
-        return self * (1 / divisor)
+        return Combination({name: value / divisor for name, value in self.terms.items()})
 
     def __neg__(self) -> "Combination":
         return self * -1.0

@@ -9,25 +9,26 @@ The tensors may be combinations of names (:mod:`fastzoo.samplers.algebra`) or to
 coefficients are numbers, or arrays with one for each sample.
 """
 
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import numpy
 
 from fastzoo.samplers.algebra import Coefficient
 
-T = TypeVar("T", bound=Any)
+# A combination or a tensor.
+Value: TypeAlias = Any
 
 PREDICTIONS = ("denoised", "epsilon", "v", "score", "velocity", "F")
 
 
 def denoised(
     prediction: str,
-    x: T,
-    output: T,
+    x: Value,
+    output: Value,
     alpha: Coefficient = 1.0,
     sigma: Coefficient = 0.0,
     sigma_data: float = 0.5,
-) -> T:
+) -> Value:
     """x0 from what the model predicts: itself, the noise, ``v = alpha eps - sigma x0`` (Salimans &
     Ho 2022), the score ``-eps / sigma``, the velocity ``eps - x0`` of a straight path, or F of
     ``x0 = c_skip x + c_out F`` (Karras et al. 2022, eq. 7, alpha = 1)."""
@@ -52,23 +53,23 @@ def denoised(
     raise ValueError(f"prediction: expected one of {PREDICTIONS}, got {prediction!r}")
 
 
-def noise_of(x: T, x0: T, alpha: Coefficient, sigma: Coefficient) -> T:
+def noise_of(x: Value, x0: Value, alpha: Coefficient, sigma: Coefficient) -> Value:
     """eps of ``x = alpha x0 + sigma eps``."""
     return (x - alpha * x0) / sigma
 
 
-def guided(uncond: T, cond: T, scale: Coefficient) -> T:
+def guided(uncond: Value, cond: Value, scale: Coefficient) -> Value:
     """Classifier-free guidance (Ho & Salimans 2022)."""
     return uncond + scale * (cond - uncond)
 
 
-def derivative(x: T, x0: T, sigma: Coefficient) -> T:
+def derivative(x: Value, x0: Value, sigma: Coefficient) -> Value:
     """dx/dsigma of the probability flow where alpha = 1 (Karras et al. 2022, eq. 3), and of a
     rectified flow with sigma for t."""
     return (x - x0) / sigma
 
 
-def euler(x: T, x0: T, sigma: Coefficient, next_sigma: Coefficient) -> T:
+def euler(x: Value, x0: Value, sigma: Coefficient, next_sigma: Coefficient) -> Value:
     """``x + (sigma' - sigma) dx/dsigma``, which at sigma' = 0 is x0 to the last bit."""
     ratio = next_sigma / sigma
     return ratio * x + (1 - ratio) * x0
@@ -101,26 +102,26 @@ def posterior_variance(
 
 
 def ddim(
-    x0: T,
-    eps: T,
+    x0: Value,
+    eps: Value,
     next_alpha: Coefficient,
     next_sigma: Coefficient,
     std: Coefficient = 0.0,
-    noise: T | None = None,
-) -> T:
+    noise: Value | None = None,
+) -> Value:
     """Song et al. 2021, eq. 12, whose sigma_t is ``std``."""
     x = next_alpha * x0 + numpy.sqrt(next_sigma**2 - std**2) * eps
     return x if noise is None else x + std * noise
 
 
 def ddpm_mean(
-    x: T,
-    x0: T,
+    x: Value,
+    x0: Value,
     alpha: Coefficient,
     sigma: Coefficient,
     next_alpha: Coefficient,
     next_sigma: Coefficient,
-) -> T:
+) -> Value:
     """The mean of q(x' | x, x0) of a variance preserving process, Ho et al. 2020, eq. 7."""
     step = alpha / next_alpha
     beta = 1 - step**2
@@ -134,19 +135,19 @@ def log_snr(alpha: Coefficient, sigma: Coefficient) -> Coefficient:
 
 
 def dpm_solver_pp(
-    x: T,
-    x0: T,
+    x: Value,
+    x0: Value,
     alpha_sigma: tuple[Coefficient, Coefficient],
     next_alpha_sigma: tuple[Coefficient, Coefficient],
-    first: T | None = None,
-    second: T | None = None,
+    first: Value | None = None,
+    second: Value | None = None,
     *,
     eta: Coefficient = 0.0,
-    noise: T | None = None,
+    noise: Value | None = None,
     solver_type: str = "midpoint",
-) -> T:
-    """DPM-Solver++ (Lu et al. 2022), its ODE (eta 0) and SDE (eta 1), of order 1, 2 or 3 by how many
-    of the derivatives of x0 with respect to lambda are given: ``first`` is h times the first one,
+) -> Value:
+    """DPM-Solver++ (Lu et al. 2022), its ODE (eta 0) and SDE (eta 1), of order 1, 2 or 3 by how
+    many derivatives of x0 with respect to lambda are given: ``first`` is h times the first one,
     ``second`` h^2 times the second, with h the step in lambda. At sigma' = 0 it is alpha' x0.
 
     ``solver_type`` is how the first derivative enters a step of order 2: ``midpoint`` or ``heun``.
@@ -170,8 +171,8 @@ def dpm_solver_pp(
 
 
 def differences(
-    x0: T, before: T, r0: Coefficient, earlier: T | None = None, r1: Coefficient = 1.0
-) -> tuple[T, T | None]:
+    x0: Value, before: Value, r0: Coefficient, earlier: Value | None = None, r1: Coefficient = 1.0
+) -> tuple[Value, Value | None]:
     """h times the first and h^2 times the second derivative of x0 with respect to lambda, from its
     values of the last two or three steps: r0 and r1 are the lengths in lambda of the step before
     and of that before it, over this one's."""
