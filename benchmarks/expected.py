@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import samplers
 from benchmarks.workloads import COMMITMENT, DECAY, EPS, MEASURED
 from fastzoo import ops, reference
 from fastzoo.reference.boxes import box_area, box_intersection
@@ -197,6 +198,46 @@ def maf_inverse(z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
     """Feature after feature, in float64."""
     wide = (t.double() for t in (z, *parameters))
     found: tuple[Tensor, Tensor] = MEASURED["MAF"].eager(*wide)
+    return found
+
+
+def _by_counter(like: Tensor, seeds: int | Tensor, draw: int) -> Tensor:
+    keys = ops.counter_keys(seeds, len(like))
+    found = reference.counter_normals(keys, like[0].numel(), draw)
+    return found.double().view(like.shape)
+
+
+def scheduler_step(*args: Tensor, scheduler: str, noise: str | None) -> Tensor:
+    """The formulas in float64."""
+    step = samplers.SCHEDULERS[scheduler]
+    tensors = dict(zip(step.inputs, (t.double() for t in args), strict=True))
+    if noise == "seeds":
+        tensors["noise"] = _by_counter(args[0], torch.arange(len(args[0])), step.index)
+    return samplers.evaluated(step, tensors)
+
+
+def guided_step(*args: Tensor) -> Tensor:
+    found: Tensor = MEASURED["guided_step"].eager(*(t.double() for t in args))
+    return found
+
+
+def sample(
+    x: Tensor, outputs: Tensor, sigmas: Tensor, drawn: Tensor, *, method: str, noise: str | None
+) -> Tensor:
+    """The run as its paper writes it, in float64."""
+
+    def draw(i: int) -> Tensor:
+        return drawn[i].double() if noise == "generator" else _by_counter(x, samplers.SEED, i)
+
+    return samplers.run(x.double(), outputs.double(), sigmas, method, draw)
+
+
+def odeint(y0: Tensor) -> Tensor:
+    return y0.double() * math.exp(math.sin(samplers.END))
+
+
+def denoising_step(x: Tensor) -> Tensor:
+    found: Tensor = MEASURED["denoising_step"].eager(x.double())
     return found
 
 
@@ -433,6 +474,11 @@ _FAST: dict[str, Callable[..., Any]] = {
     "sample_farthest_points": sample_farthest_points,
     "kernel_density": kernel_density,
     "MAF": maf_inverse,
+    "scheduler_step": scheduler_step,
+    "guided_step": guided_step,
+    "sample": sample,
+    "odeint": odeint,
+    "denoising_step": denoising_step,
 }
 _FAST_LOSSES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "margin_softmax_loss": margin_softmax_loss,

@@ -74,6 +74,13 @@ class Other:
     kwargs: dict[str, Any]
 
 
+def by_generator(call: Callable[[], Any], kwargs: dict[str, Any]) -> Any:
+    """A peer's call with the noise of torch's generator, also where the case's is by counter."""
+    if kwargs.get("noise") == "seeds":
+        return Other(call, {**kwargs, "noise": "generator"})
+    return call
+
+
 def require(module: str) -> Any:
     """The imported module."""
     try:

@@ -3,16 +3,20 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.implementation import Unavailable, require
 from benchmarks.workload import Workload
+from fastzoo import ops, samplers
 from fastzoo.samplers import formulas
-from fastzoo.samplers.algebra import Combination, tensor
+from fastzoo.samplers.algebra import Combination, Program, Tables, tensor
 from fastzoo.testing import BenchmarkCase
 
 STEPS, MIDDLE = 20, 10
@@ -59,6 +63,14 @@ class Step:
     def noisy(self) -> bool:
         return "noise" in self.inputs
 
+    @functools.cached_property
+    def weights(self) -> list[tuple[str, list[tuple[str, float]]]]:
+        """Of each row, by the names of tensors and rows before it."""
+        return [
+            (name, [(str(term), float(weight)) for term, weight in row.terms.items()])
+            for name, row in self.rows.items()
+        ]
+
 
 def _alpha_bar(schedule: str, beta_start: float, beta_end: float) -> Any:
     """In float32, as the schedulers have it, then in float64."""
@@ -75,6 +87,7 @@ def _preserving(table: Any, *timesteps: int) -> list[tuple[float, float]]:
 
 
 _X, _MODEL, _NOISE = tensor("x"), tensor("model"), tensor("noise")
+_LATENT_ALPHAS = _alpha_bar("scaled_linear", 0.00085, 0.012)
 
 
 def _ddpm() -> Step:
@@ -86,13 +99,8 @@ def _ddpm() -> Step:
     return Step({}, ("x", "model", "noise"), rows, bound=1.0, index=MIDDLE)
 
 
-@functools.cache
-def _latents() -> Any:
-    return _alpha_bar("scaled_linear", 0.00085, 0.012)
-
-
 def _ddim() -> Step:
-    (a, s), (next_a, next_s) = _preserving(_latents(), 451, 401)
+    (a, s), (next_a, next_s) = _preserving(_LATENT_ALPHAS, 451, 401)
     x0 = formulas.denoised("epsilon", _X, _MODEL, a, s)
     rows = {"out": formulas.ddim(x0, _MODEL, next_a, next_s)}
     options = {**_LATENTS, "clip_sample": False, "set_alpha_to_one": False}
@@ -101,7 +109,7 @@ def _ddim() -> Step:
 
 def _exploding(*timesteps: int) -> list[float]:
     """sigma where alpha is 1."""
-    return [s / a for a, s in _preserving(_latents(), *timesteps)]
+    return [s / a for a, s in _preserving(_LATENT_ALPHAS, *timesteps)]
 
 
 def _euler() -> Step:
@@ -144,7 +152,7 @@ def _heun() -> Step:
 
 def _latest(*indices: int) -> list[tuple[float, float]]:
     """(alpha, sigma) at the timesteps of DPM-Solver++ and UniPC, which space them by 1000 / 21."""
-    return _preserving(_latents(), *(47 * (STEPS - index) + 1 for index in indices))
+    return _preserving(_LATENT_ALPHAS, *(47 * (STEPS - index) + 1 for index in indices))
 
 
 def _take(
@@ -179,21 +187,23 @@ def _flow_match() -> Step:
     return Step({"shift": 3.0}, ("x", "model"), rows, run={"sigmas": run})
 
 
-SCHEDULERS: dict[str, Callable[[], Step]] = {
-    "DDPM": functools.cache(_ddpm),
-    "DDIM": functools.cache(_ddim),
-    "EulerDiscrete": functools.cache(_euler),
-    "EulerAncestralDiscrete": functools.cache(_euler_ancestral),
-    "HeunDiscrete": functools.cache(_heun),
-    "DPMSolverMultistep": functools.cache(_dpm_solver),
-    "FlowMatchEulerDiscrete": functools.cache(_flow_match),
+SCHEDULERS: dict[str, Step] = {
+    "DDPM": _ddpm(),
+    "DDIM": _ddim(),
+    "EulerDiscrete": _euler(),
+    "EulerAncestralDiscrete": _euler_ancestral(),
+    "HeunDiscrete": _heun(),
+    "DPMSolverMultistep": _dpm_solver(),
+    "FlowMatchEulerDiscrete": _flow_match(),
 }
 
 
-def scheduler_step(package: Any, *args: Tensor, scheduler: str, noise: str) -> Callable[[], Tensor]:
+def scheduler_step(
+    package: Any, *args: Tensor, scheduler: str, noise: str | None
+) -> Callable[[], Tensor]:
     """The middle step of diffusers' scheduler, or of fastzoo's; each call starts from its state
     before that step."""
-    step = SCHEDULERS[scheduler]()
+    step = SCHEDULERS[scheduler]
     tensors = dict(zip(step.inputs, args, strict=True))
     x, model = tensors["x"], tensors["model"]
     made = getattr(package, f"{scheduler}Scheduler")(**step.options)
@@ -218,20 +228,349 @@ def scheduler_step(package: Any, *args: Tensor, scheduler: str, noise: str) -> C
     return call
 
 
-def _evaluated(step: Step, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The rows as sums of tensors, each with its one coefficient."""
+def evaluated(step: Step, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The rows as sums of tensors, each with its one weight."""
     known = dict(tensors)
-    for name, row in step.rows.items():
-        terms = [float(weight) * known[str(term)] for term, weight in row.terms.items()]
-        value = functools.reduce(torch.add, terms)
+    for name, terms in step.weights:
+        value = functools.reduce(torch.add, [weight * known[term] for term, weight in terms])
         known[name] = value if name == "out" else value.clamp(-step.bound, step.bound)
     return known["out"]
 
 
-def _eager_scheduler_step(*args: Tensor, scheduler: str, noise: str) -> Tensor:
-    step = SCHEDULERS[scheduler]()
+def _eager_scheduler_step(*args: Tensor, scheduler: str, noise: str | None) -> Tensor:
+    """The step by hand: what the papers' formulas come to, with its noise from a generator."""
+    step = SCHEDULERS[scheduler]
     tensors = dict(zip(step.inputs, args, strict=True))
-    if step.noisy:
-        generator = torch.Generator(args[0].device).manual_seed(SEED)
-        tensors["noise"] = torch.randn(args[0].shape, generator=generator, device=args[0].device)
-    return _evaluated(step, tensors)
+    if noise is not None:
+        tensors["noise"] = _normals(args[0])
+    return evaluated(step, tensors)
+
+
+def _normals(like: Tensor) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(SEED)
+    return torch.randn(like.shape, generator=generator, device=like.device)
+
+
+def _latents(device: str, batch: int, channels: int, side: int, *, count: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = batch, channels, side, side
+    return [torch.randn(shape, generator=generator).to(device) for _ in range(count)]
+
+
+_LATENT = {"batch": 8, "channels": 4, "side": 128}
+_LATENT_NAME = "8 x 4 x 128 x 128"
+
+
+def _scheduler_case(scheduler: str, noise: str | None = None) -> BenchmarkCase:
+    step = SCHEDULERS[scheduler]
+    tensors = len(step.inputs) - step.noisy
+
+    def make(device: str, **shape: int) -> tuple[Tensor, ...]:
+        found = _latents(device, **shape, count=tensors)
+        return *found, *([_normals(found[0])] if step.noisy else [])
+
+    return BenchmarkCase(
+        name=scheduler + (f", {noise}" if noise else ""),
+        shape=_LATENT,
+        make=make,
+        kwargs={"scheduler": scheduler, "noise": noise},
+        flops=lambda x, *_, **__: 2.0 * tensors * x.numel(),
+        bytes=lambda x, *_, **__: 4.0 * (tensors + 1) * x.numel(),
+        # Of weights in float32, schedules included, and a cancellation in x0.
+        tolerance=lambda *_, **__: 1e-5,
+    )
+
+
+SCHEDULER_STEP = Workload(
+    "scheduler_step",
+    "ode_step",
+    lambda *args, **kwargs: scheduler_step(samplers.diffusers, *args, **kwargs),
+    _eager_scheduler_step,
+    lambda x, *_: 32.0 * x.numel(),
+    tuple(
+        _scheduler_case(scheduler, noise)
+        for scheduler, step in SCHEDULERS.items()
+        for noise in (("generator", "seeds") if step.noisy else (None,))
+    ),
+)
+
+
+# --- guidance, its rescaling, the conversion of a v prediction and the update ---------------------
+
+_GUIDANCE, _RESCALE = 7.5, 0.7
+_GUIDED_FROM, _GUIDED_TO = _preserving(_LATENT_ALPHAS, 451, 401)
+
+
+def _guided_step(cond: Tensor, uncond: Tensor, x: Tensor) -> Callable[[], Tensor]:
+    model = formulas.guided(tensor("uncond"), tensor("cond"), _GUIDANCE)
+    x0 = formulas.denoised("v", _X, model, *_GUIDED_FROM)
+    eps = formulas.noise_of(_X, x0, *_GUIDED_FROM)
+    rows = {"out": formulas.ddim(x0, eps, *_GUIDED_TO)}
+    program = Program(rows, "x", scaled=("cond", "uncond"))
+    (table,) = Tables([program]).on(x.device)
+    tensors = {"x": x, "cond": cond, "uncond": uncond}
+    scale = torch.full((1,), _GUIDANCE, dtype=torch.float64, device=x.device)
+
+    def call() -> Tensor:
+        factor = ops.guidance_factor(cond, uncond, scale, _RESCALE)
+        found: Tensor = program(tensors, table, factor=factor)
+        return found
+
+    return call
+
+
+def _eager_guided_step(cond: Tensor, uncond: Tensor, x: Tensor) -> Tensor:
+    """As pipelines have it: guidance, `rescale_noise_cfg`, and a step of DDIM."""
+    (alpha, sigma), (next_alpha, next_sigma) = _GUIDED_FROM, _GUIDED_TO
+    guided = uncond + _GUIDANCE * (cond - uncond)
+    spread = cond.std((1, 2, 3), keepdim=True) / guided.std((1, 2, 3), keepdim=True)
+    model = _RESCALE * (guided * spread) + (1 - _RESCALE) * guided
+    x0 = alpha * x - sigma * model
+    eps = alpha * model + sigma * x
+    return next_alpha * x0 + next_sigma * eps
+
+
+GUIDED_STEP = Workload(
+    "guided_step",
+    "guidance_factor",
+    _guided_step,
+    _eager_guided_step,
+    lambda x, *_: 40.0 * x.numel(),
+    (
+        BenchmarkCase(
+            name=f"{_LATENT_NAME}, v, rescaled",
+            shape=_LATENT,
+            make=lambda device, **shape: tuple(_latents(device, **shape, count=3)),
+            kwargs={},
+            flops=lambda cond, uncond, x: 16.0 * x.numel(),
+            # The predictions twice: their spread is known when all of them has been read.
+            bytes=lambda cond, uncond, x: 24.0 * x.numel(),
+            tolerance=lambda *_: 1e-5,
+        ),
+    ),
+)
+
+
+# --- whole runs around an empty model -------------------------------------------------------------
+
+CHURN = {"s_churn": 40.0, "s_noise": 1.003}
+
+
+def karras(steps: int) -> Tensor:
+    """Karras et al. 2022, eq. 5, with their bounds, and 0."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    high, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    return F.pad((high + ramp * (low - high)) ** 7, (0, 1))
+
+
+def empty_model(outputs: Tensor) -> Callable[..., Tensor]:
+    """A denoiser that does nothing: of two tensors it returns one, then the other."""
+    turn = itertools.cycle(outputs.unbind())
+    return lambda x, sigma, **_: next(turn)
+
+
+def run(
+    x: Tensor, outputs: Tensor, sigmas: Tensor, method: str, draw: Callable[[int], Tensor]
+) -> Tensor:
+    """A run as its paper writes it."""
+    model, at = empty_model(outputs), sigmas.tolist()
+    before: Tensor | None = None
+    for i, (sigma, next_sigma) in enumerate(itertools.pairwise(at)):
+        if method == "heun":
+            gamma = min(CHURN["s_churn"] / (len(at) - 1), 2**0.5 - 1)
+            hat, up = formulas.churned(sigma, gamma)
+            x = x + (float(up) * CHURN["s_noise"]) * draw(i)
+            slope = formulas.derivative(x, model(x, hat), hat)
+            predicted = x + (next_sigma - hat) * slope
+            if next_sigma > 0:
+                end = formulas.derivative(predicted, model(predicted, next_sigma), next_sigma)
+                predicted = x + ((next_sigma - hat) / 2) * (slope + end)
+            x = predicted
+        else:
+            x0 = model(x, sigma)
+            first = None
+            if before is not None and next_sigma > 0:
+                ratio = math.log(at[i - 1] / sigma) / math.log(sigma / next_sigma)
+                first, _ = formulas.differences(x0, before, ratio)
+            x = formulas.dpm_solver_pp(x, x0, (1.0, sigma), (1.0, next_sigma), first)
+            before = x0
+    return x
+
+
+def _eager_sample(
+    x: Tensor, outputs: Tensor, sigmas: Tensor, _: Tensor, *, method: str, noise: str | None
+) -> Tensor:
+    torch.manual_seed(SEED)
+    return run(x, outputs, sigmas, method, lambda i: torch.randn_like(x))
+
+
+def _sample(
+    x: Tensor, outputs: Tensor, sigmas: Tensor, _: Tensor, *, method: str, noise: str | None
+) -> Callable[[], Tensor]:
+    options: dict[str, Any] = dict(CHURN, seeds=SEED) if method == "heun" else {}
+
+    def call() -> Tensor:
+        return samplers.sample(empty_model(outputs), x, sigmas, method=method, **options)
+
+    return call
+
+
+def _sample_case(name: str, method: str, steps: int) -> BenchmarkCase:
+    noisy = method == "heun"
+
+    def make(device: str, **shape: int) -> tuple[Tensor, ...]:
+        x, *outputs = _latents(device, **shape, count=3)
+        with torch.random.fork_rng([device] if device == "cuda" else []):
+            torch.manual_seed(SEED)
+            draws = [torch.randn_like(x) for _ in range(steps * noisy)]
+        noise = torch.stack(draws) if noisy else x.new_empty(0)
+        return 80 * x, torch.stack(outputs), karras(steps).to(device), noise
+
+    passes = (3 * steps - 1) if noisy else 4 * steps
+    return BenchmarkCase(
+        name=name,
+        shape=_LATENT,
+        make=make,
+        kwargs={"method": method, "noise": "seeds" if noisy else None},
+        flops=lambda x, *_, **__: 2.0 * passes * x.numel(),
+        bytes=lambda x, *_, **__: 4.0 * passes * x.numel(),
+        # Twenty steps, each with a rounding or two of a state that is 80 times what it ends as.
+        tolerance=lambda *_, **__: 1e-4,
+    )
+
+
+SAMPLE = Workload(
+    "sample",
+    "ode_step",
+    _sample,
+    _eager_sample,
+    lambda x, *_: 40.0 * x.numel(),
+    (
+        _sample_case("EDM Heun with churn, 18 steps", "heun", 18),
+        _sample_case("DPM-Solver++ 2M, 20 steps", "dpmpp_2m", 20),
+    ),
+)
+
+
+# --- dopri5 ---------------------------------------------------------------------------------------
+
+RTOL, ATOL, END = 1e-7, 1e-9, 10.0
+
+
+class Oscillation:
+    """y' = cos(t) y, and how often it was asked for: a right-hand side of one pass."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.cos(t).to(y.dtype) * y
+
+
+def solve(odeint: Callable[..., Tensor], y0: Tensor) -> Callable[[], Tensor]:
+    times = torch.tensor([0.0, END], dtype=torch.float64, device=y0.device)
+    return lambda: odeint(Oscillation(), y0, times, rtol=RTOL, atol=ATOL, method="dopri5")[-1]
+
+
+def evaluations(odeint: Callable[..., Tensor], y0: Tensor) -> int:
+    function = Oscillation()
+    odeint(function, y0, torch.tensor([0.0, END], dtype=torch.float64), rtol=RTOL, atol=ATOL)
+    return function.calls
+
+
+def _odeint_case(rows: int) -> BenchmarkCase:
+    return BenchmarkCase(
+        name=f"dopri5, {rows} x 64" if rows > 1 else "dopri5, 64",
+        shape={"rows": rows, "columns": 64},
+        make=lambda device, rows, columns: (
+            torch.linspace(0.5, 2, rows * columns, device=device).view(rows, columns),
+        ),
+        kwargs={},
+        flops=lambda y0: 0.0,
+        bytes=lambda y0: 0.0,
+        # float32 states of some hundred roundings, and the solver's own tolerance.
+        tolerance=lambda *_: 1e-4,
+    )
+
+
+def _no_loop(y0: Tensor) -> Tensor:
+    raise Unavailable("torchdiffeq is the loop written out")
+
+
+ODEINT = Workload(
+    "odeint",
+    "ode_step",
+    lambda y0: solve(samplers.odeint, y0),
+    _no_loop,
+    lambda *_: 0.0,
+    (_odeint_case(4096), _odeint_case(1)),
+)
+
+
+# --- a step of sampling, model included -----------------------------------------------------------
+
+
+@functools.cache
+def small_unet(channels: int, side: int, device: torch.device, dtype: torch.dtype) -> Any:
+    """diffusers' UNet2DModel, of two levels of 32 and 64 channels."""
+    package = require("diffusers")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(SEED)
+        model = package.UNet2DModel(
+            sample_size=side,
+            in_channels=channels,
+            out_channels=channels,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            norm_num_groups=8,
+        )
+    return model.to(device, dtype).eval()
+
+
+def denoising_step(package: Any, x: Tensor) -> Callable[[], Tensor]:
+    """The model's call and the scheduler's."""
+    unet = small_unet(x.shape[1], x.shape[2], x.device, x.dtype)
+    step = SCHEDULERS["DDIM"]
+    made = package.DDIMScheduler(**step.options)
+    made.set_timesteps(STEPS, device=x.device)
+    timestep = made.timesteps[step.index]
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            model = unet(x, timestep).sample
+        found: Tensor = made.step(model, timestep, x).prev_sample
+        return found
+
+    return call
+
+
+def _eager_denoising_step(x: Tensor) -> Tensor:
+    unet = small_unet(x.shape[1], x.shape[2], x.device, x.dtype)
+    with torch.no_grad():
+        model = unet(x, 451).sample
+    return evaluated(SCHEDULERS["DDIM"], {"x": x, "model": model})
+
+
+DENOISING_STEP = Workload(
+    "denoising_step",
+    "ode_step",
+    lambda x: denoising_step(samplers.diffusers, x),
+    _eager_denoising_step,
+    lambda x: 1e3 * x.numel(),
+    (
+        BenchmarkCase(
+            name=f"{_LATENT_NAME}, a small UNet2DModel and DDIM",
+            shape=_LATENT,
+            make=lambda device, **shape: tuple(_latents(device, **shape)),
+            kwargs={},
+            flops=lambda x: 0.0,
+            bytes=lambda x: 0.0,
+            tolerance=lambda x: 1e-4,
+        ),
+    ),
+)
+
+SAMPLERS = (SCHEDULER_STEP, GUIDED_STEP, SAMPLE, ODEINT, DENOISING_STEP)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.samplers import SAMPLERS
 from benchmarks.workload import Workload
 from fastzoo import nn, ops, reference
 from fastzoo.nn import flows
@@ -589,6 +590,7 @@ _WORKLOADS = (
     POINTCONV_LAYER,
     SPLINE_FLOW,
     MAF_INVERSE,
+    *SAMPLERS,
 )
 MEASURED: dict[str, OpSpec | Workload] = {
     **{name: spec for name, spec in SPECS.items() if spec.benchmarks},

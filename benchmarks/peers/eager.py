@@ -8,7 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.implementation import Implementation, Loss, require_few_steps, require_memory
+from benchmarks.implementation import (
+    Implementation,
+    Loss,
+    by_generator,
+    require_few_steps,
+    require_memory,
+)
 from benchmarks.workload import Workload
 from benchmarks.workloads import MEASURED
 from fastzoo import reference
@@ -101,7 +107,7 @@ def formula(spec: OpSpec | Workload, *args: Any, **kwargs: Any) -> Callable[...,
 def _prepare(spec: OpSpec | Workload, *args: Any, **kwargs: Any) -> Any:
     call = functools.partial(formula(spec, *args, **kwargs), *args)
     wanted = leaves(args)
-    return Loss(call, wanted) if wanted else call
+    return Loss(call, wanted) if wanted else by_generator(call, kwargs)
 
 
 def _without_autocast(spec: OpSpec | Workload, *args: Any, **_: Any) -> Loss:

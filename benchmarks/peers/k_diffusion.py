@@ -9,6 +9,12 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from benchmarks.implementation import Implementation, Unavailable, by_generator, first_line
+from benchmarks.samplers import CHURN, SEED, empty_model
+
 # What `k_diffusion.sampling` imports and deterministic samplers never call.
 _UNUSED = ("torchsde", "torchvision", "torchvision.transforms", "torchvision.transforms.functional")
 
@@ -61,3 +67,24 @@ def _installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # its parent is not
         return False
+
+
+def _sample(
+    x: Tensor, outputs: Tensor, sigmas: Tensor, _: Tensor, *, method: str, noise: str | None
+) -> Any:
+    try:
+        module = load()
+    except ImportError as error:
+        raise Unavailable(f"it cannot be imported ({first_line(error)})") from error
+    sampler = getattr(module, f"sample_{method}")
+    options = CHURN if method == "heun" else {}
+
+    def call() -> Tensor:
+        torch.manual_seed(SEED)
+        found: Tensor = sampler(empty_model(outputs), x, sigmas, disable=True, **options)
+        return found
+
+    return by_generator(call, {"method": method, "noise": noise})
+
+
+PEER = Implementation("k-diffusion", {"sample": _sample})

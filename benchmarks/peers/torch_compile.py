@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.implementation import Implementation, Loss, Unavailable, first_line
+from benchmarks.implementation import Implementation, Loss, Unavailable, by_generator, first_line
 from benchmarks.peers.eager import formula
 from benchmarks.workload import Workload
 from benchmarks.workloads import MEASURED
@@ -27,7 +27,7 @@ def _prepare(spec: OpSpec | Workload, *args: Any, **kwargs: Any) -> Any:
         compiled()
     except Exception as error:  # whatever a missing compiler raises
         raise Unavailable(f"it does not compile ({first_line(error)})") from error
-    return compiled
+    return by_generator(compiled, kwargs)
 
 
 def _refuse(reason: str, *_: Any, **__: Any) -> Any:
@@ -39,6 +39,9 @@ _REASONS = {
     "sample_farthest_points": "it would unroll the loop over the points",
     "SplineFlow": "zuko's flow is compiled in the place of the formula",
     "MAF": "it would unroll the loop over the features",
+    "sample": "it would unroll the loop over the steps",
+    "odeint": "how many steps there are depends on the data",
+    "denoising_step": "it would compile the model, too",
     "voxel_grid": "the formula is one sort of torch.unique, at which the graph breaks",
 }
 _PREPARED = {op: functools.partial(_prepare, spec) for op, spec in MEASURED.items()}
