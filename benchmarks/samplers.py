@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.implementation import Unavailable, require
@@ -178,6 +177,25 @@ def _dpm_solver() -> Step:
     return Step(_LATENTS, ("x", "model", "x0 before"), rows, begin=begin)
 
 
+def _unipc() -> Step:
+    earlier, before, now, then = _latest(*range(MIDDLE - 2, MIDDLE + 2))
+    x0 = formulas.denoised("epsilon", _X, _MODEL, *now)
+    start, x0_before, x0_earlier = (tensor(name) for name in ("start", "x0 before", "x0 earlier"))
+    history = [(x0_earlier, formulas.log_snr(*earlier))]
+    corrected = formulas.unipc(start, x0_before, before, now, history, x0)
+    out = formulas.unipc(corrected, x0, now, then, [(x0_before, formulas.log_snr(*before))])
+
+    def begin(scheduler: Any, tensors: Mapping[str, Tensor]) -> None:
+        scheduler.set_begin_index(MIDDLE - 2)
+        _take(scheduler, MIDDLE - 2, tensors["x"], tensors["x0 earlier"], earlier)
+        _take(scheduler, MIDDLE - 1, tensors["start"], tensors["x0 before"], before)
+
+    # The step before is left uncorrected, so that it starts from the sample that is given.
+    options = {**_LATENTS, "disable_corrector": [MIDDLE - 2]}
+    inputs = "x", "model", "start", "x0 before", "x0 earlier"
+    return Step(options, inputs, {"out": out}, begin=begin)
+
+
 def _flow_match() -> Step:
     run = numpy.linspace(1, 1 / STEPS, STEPS)
     sigmas = 3 * run / (1 + 2 * run)  # shift = 3
@@ -194,6 +212,7 @@ SCHEDULERS: dict[str, Step] = {
     "EulerAncestralDiscrete": _euler_ancestral(),
     "HeunDiscrete": _heun(),
     "DPMSolverMultistep": _dpm_solver(),
+    "UniPCMultistep": _unipc(),
     "FlowMatchEulerDiscrete": _flow_match(),
 }
 
@@ -357,10 +376,12 @@ CHURN = {"s_churn": 40.0, "s_noise": 1.003}
 
 
 def karras(steps: int) -> Tensor:
-    """Karras et al. 2022, eq. 5, with their bounds, and 0."""
-    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
-    high, low = 80 ** (1 / 7), 0.002 ** (1 / 7)
-    return F.pad((high + ramp * (low - high)) ** 7, (0, 1))
+    """Karras et al. 2022, eq. 5, from 80 to 0.5, in float32: k-diffusion takes its state to the
+    dtype of these. At 0 nothing is left of the steps but the model's last output, and whatever they
+    did would be right."""
+    ramp = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    high, low = 80 ** (1 / 7), 0.5 ** (1 / 7)
+    return ((high + ramp * (low - high)) ** 7).float()
 
 
 def empty_model(outputs: Tensor) -> Callable[..., Tensor]:
@@ -382,14 +403,12 @@ def run(
             x = x + (float(up) * CHURN["s_noise"]) * draw(i)
             slope = formulas.derivative(x, model(x, hat), hat)
             predicted = x + (next_sigma - hat) * slope
-            if next_sigma > 0:
-                end = formulas.derivative(predicted, model(predicted, next_sigma), next_sigma)
-                predicted = x + ((next_sigma - hat) / 2) * (slope + end)
-            x = predicted
+            end = formulas.derivative(predicted, model(predicted, next_sigma), next_sigma)
+            x = x + ((next_sigma - hat) / 2) * (slope + end)
         else:
             x0 = model(x, sigma)
             first = None
-            if before is not None and next_sigma > 0:
+            if before is not None:
                 ratio = math.log(at[i - 1] / sigma) / math.log(sigma / next_sigma)
                 first, _ = formulas.differences(x0, before, ratio)
             x = formulas.dpm_solver_pp(x, x0, (1.0, sigma), (1.0, next_sigma), first)
@@ -426,7 +445,7 @@ def _sample_case(name: str, method: str, steps: int) -> BenchmarkCase:
         noise = torch.stack(draws) if noisy else x.new_empty(0)
         return 80 * x, torch.stack(outputs), karras(steps).to(device), noise
 
-    passes = (3 * steps - 1) if noisy else 4 * steps
+    passes = 7 * steps if noisy else 4 * steps
     return BenchmarkCase(
         name=name,
         shape=_LATENT,
@@ -527,7 +546,8 @@ def small_unet(channels: int, side: int, device: torch.device, dtype: torch.dtyp
             up_block_types=("UpBlock2D", "UpBlock2D"),
             norm_num_groups=8,
         )
-    return model.to(device, dtype).eval()
+    # Not diffusers' own `to`, which warns of a dtype.
+    return torch.nn.Module.to(model, device, dtype).eval()
 
 
 def denoising_step(package: Any, x: Tensor) -> Callable[[], Tensor]:
