@@ -212,7 +212,7 @@ def scheduler_step(*args: Tensor, scheduler: str, noise: str | None) -> Tensor:
     step = samplers.SCHEDULERS[scheduler]
     tensors = dict(zip(step.inputs, (t.double() for t in args), strict=True))
     if noise == "seeds":
-        tensors["noise"] = _by_counter(args[0], torch.arange(len(args[0])), step.index)
+        tensors["noise"] = _by_counter(args[0], torch.arange(len(args[0])), step.index + 1)
     return samplers.evaluated(step, tensors)
 
 
@@ -522,7 +522,7 @@ def compare(
 
     Overlaps are right within the tolerance of their operator for ``args``, a fast lookup within
     that of its precision, and centroids where their inertia is within a thousandth of the right
-    one. A neighbour of a peer is right where it is as near as the right one, in a ball where it is
+    one. Random numbers of a peer are right where they are distributed alike. A neighbour of a peer is right where it is as near as the right one, in a ball where it is
     inside; its voxels may have other numbers. The share of what is found (boxes, detections,
     peaks) is taken of sets, since peers may order equal scores in another way and leave out the
     padding; one whose score is off is not right.
@@ -537,6 +537,10 @@ def compare(
     if op == "VectorQuantize":
         same = (answer.cpu() == right).all(-1).flatten()
         return bool(same.all()), same.double().mean().item()
+    if op in _RANDOM:
+        if _equal(answer, right.reshape(-1)):
+            return True, 1.0
+        return False, float(_uniform(_RANDOM[op](torch.as_tensor(answer)), right.numel()))
     if op in _CLOUDS:
         if _equal(answer, right):
             return True, 1.0
@@ -560,6 +564,23 @@ def compare(
     if (kwargs or {}).get("precision") == "fast":
         return _near_best(indices, right, *args), share
     return torch.equal(indices, right), share
+
+
+# Of random numbers, what is uniform between 0 and 1.
+_RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
+    "counter_bits": lambda words: words.double() / 2**32,
+    "counter_normal": lambda normals: torch.special.ndtr(normals.double()),
+}
+
+
+def _uniform(values: Tensor, count: int) -> bool:
+    """By Kolmogorov and Smirnov's test, which a generator that is right fails once in 10^8 times."""
+    if values.numel() != count:
+        return False
+    ordered = values.cpu().flatten().sort().values
+    ranks = torch.arange(count, dtype=torch.float64)
+    off = torch.maximum(ordered - ranks / count, (ranks + 1) / count - ordered).max()
+    return bool(off * count**0.5 < 3.1)
 
 
 def _near_best(indices: Tensor, right: Tensor, x: Tensor, codebook: Tensor) -> bool:

@@ -261,7 +261,11 @@ def _problems(
             or (shape and set(shape) != set(known.shape))
         ):
             continue
-        yield Problem(spec, known, shape or known.shape, device)
+        kwargs = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in known.kwargs.items()
+        }
+        yield Problem(spec, dataclasses.replace(known, kwargs=kwargs), shape or known.shape, device)
         if shape:
             return
 

@@ -14,9 +14,11 @@ from torch import Tensor
 from benchmarks.implementation import Unavailable, require
 from benchmarks.workload import Workload
 from fastzoo import ops, samplers
-from fastzoo.samplers import formulas
+from fastzoo.samplers import diffusers, formulas
 from fastzoo.samplers.algebra import Combination, Program, Tables, tensor
 from fastzoo.testing import BenchmarkCase
+from fastzoo.testing.coupling import values
+from fastzoo.testing.ode_step import ODE_STEP, table_of
 
 STEPS, MIDDLE = 20, 10
 SEED = 0
@@ -33,6 +35,16 @@ _LATENTS = {
 }
 
 
+def _one_before(scheduler: Any, tensors: Mapping[str, Tensor], **options: Any) -> None:
+    """For what needs no history: a run may do something at its first step."""
+    timestep = scheduler.timesteps[MIDDLE - 1]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(MIDDLE - 1)
+    if hasattr(scheduler, "scale_model_input"):  # without which Euler's warn at every step
+        scheduler.scale_model_input(tensors["x"], timestep)
+    scheduler.step(tensors["model"], timestep, tensors["x"], **options)
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One step of a scheduler as its paper has it.
@@ -43,7 +55,8 @@ class Step:
             come first, noise last.
         rows: as those of :class:`fastzoo.samplers.algebra.Program`; the last is the step's result.
         bound: of the rows before the last.
-        begin: ``begin(scheduler, tensors)`` brings it to the middle, the tensors being its history.
+        begin: ``begin(scheduler, tensors, **options)`` takes the steps before it, after which its
+            history is what the tensors say; the options are those of ``step``.
         index: of the timed step's timestep.
         run: of ``set_timesteps``.
     """
@@ -52,7 +65,7 @@ class Step:
     inputs: tuple[str, ...]
     rows: dict[str, Combination]
     bound: float = float("inf")
-    begin: Callable[[Any, Mapping[str, Tensor]], None] = lambda scheduler, tensors: None
+    begin: Callable[..., None] = _one_before
     index: int = MIDDLE
     run: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"num_inference_steps": STEPS}
@@ -95,7 +108,7 @@ def _ddpm() -> Step:
     std = formulas.posterior_variance(a, s, next_a, next_s) ** 0.5
     x0 = formulas.denoised("epsilon", _X, _MODEL, a, s)
     rows = {"x0": x0, "out": mean + std * _NOISE}
-    return Step({}, ("x", "model", "noise"), rows, bound=1.0, index=MIDDLE)
+    return Step({}, ("x", "model", "noise"), rows, bound=1.0)
 
 
 def _ddim() -> Step:
@@ -115,12 +128,7 @@ def _euler() -> Step:
     sigma, next_sigma = _exploding(451, 401)
     x0 = formulas.denoised("epsilon", _X, _MODEL, 1.0, sigma)
     rows = {"out": formulas.euler(_X, x0, sigma, next_sigma)}
-    return Step(_LATENTS, ("x", "model"), rows, begin=_scaled)
-
-
-def _scaled(scheduler: Any, tensors: Mapping[str, Tensor]) -> None:
-    """The call without which these warn at every step."""
-    scheduler.scale_model_input(tensors["x"], scheduler.timesteps[MIDDLE])
+    return Step(_LATENTS, ("x", "model"), rows)
 
 
 def _euler_ancestral() -> Step:
@@ -128,7 +136,7 @@ def _euler_ancestral() -> Step:
     x0 = formulas.denoised("epsilon", _X, _MODEL, 1.0, sigma)
     down, up = formulas.ancestral(sigma, next_sigma)
     rows = {"out": formulas.euler(_X, x0, sigma, down) + up * _NOISE}
-    return Step(_LATENTS, ("x", "model", "noise"), rows, begin=_scaled)
+    return Step(_LATENTS, ("x", "model", "noise"), rows)
 
 
 def _heun() -> Step:
@@ -227,13 +235,15 @@ def scheduler_step(
     x, model = tensors["x"], tensors["model"]
     made = getattr(package, f"{scheduler}Scheduler")(**step.options)
     made.set_timesteps(**step.run, device=x.device)
-    step.begin(made, tensors)
     timestep = made.timesteps[step.index]
     more: dict[str, Any] = {}
     if noise == "generator":
-        more["generator"] = torch.Generator(x.device).manual_seed(SEED)
+        more["generator"] = torch.Generator(x.device)
     elif noise == "seeds":
         more["seeds"] = torch.arange(len(x), device=x.device)
+    step.begin(made, tensors, **more)
+    if noise == "generator":
+        more["generator"].manual_seed(SEED)
     state = dict(vars(made))
     lists = {name: value for name, value in state.items() if isinstance(value, list)}
 
@@ -303,7 +313,7 @@ def _scheduler_case(scheduler: str, noise: str | None = None) -> BenchmarkCase:
 SCHEDULER_STEP = Workload(
     "scheduler_step",
     "ode_step",
-    lambda *args, **kwargs: scheduler_step(samplers.diffusers, *args, **kwargs),
+    lambda *args, **kwargs: scheduler_step(diffusers, *args, **kwargs),
     _eager_scheduler_step,
     lambda x, *_: 32.0 * x.numel(),
     tuple(
@@ -311,6 +321,38 @@ SCHEDULER_STEP = Workload(
         for scheduler, step in SCHEDULERS.items()
         for noise in (("generator", "seeds") if step.noisy else (None,))
     ),
+)
+
+
+# --- ode_step alone -------------------------------------------------------------------------------
+
+_EULER = (0.75, 0.25)
+
+
+def eager_ode_step(*tensors: Tensor, **_: Any) -> Tensor:
+    """The specification's case as it is written, or Euler's step."""
+    if len(tensors) > 2:
+        return ODE_STEP.eager(*tensors)
+    return _EULER[0] * tensors[0] + _EULER[1] * tensors[1]
+
+
+def _euler_case(batch: int, n: int, shape: str) -> BenchmarkCase:
+    return BenchmarkCase(
+        name=f"{shape}, Euler",
+        shape={"batch": batch, "n": n},
+        make=lambda device, batch, n: tuple(
+            values(batch, n, seed=k, device=device) for k in range(2)
+        ),
+        kwargs={"table": table_of(_EULER)},
+        flops=lambda x, *_, **__: 3.0 * x.numel(),
+        bytes=lambda x, *_, **__: 12.0 * x.numel(),
+        tolerance=lambda x, *_, **__: 64 * 2.0**-24,
+    )
+
+
+ODE_STEP_CASES = (
+    _euler_case(8, 65536, _LATENT_NAME),
+    _euler_case(256, 65536, "256 x 4 x 128 x 128"),
 )
 
 
@@ -577,7 +619,7 @@ def _eager_denoising_step(x: Tensor) -> Tensor:
 DENOISING_STEP = Workload(
     "denoising_step",
     "ode_step",
-    lambda x: denoising_step(samplers.diffusers, x),
+    lambda x: denoising_step(diffusers, x),
     _eager_denoising_step,
     lambda x: 1e3 * x.numel(),
     (

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.samplers import SAMPLERS
+from benchmarks.samplers import ODE_STEP_CASES, SAMPLERS
 from benchmarks.workload import Workload
 from fastzoo import nn, ops, reference
 from fastzoo.nn import flows
 from fastzoo.testing import SPECS, BenchmarkCase, OpSpec
+from fastzoo.testing.ode_step import ODE_STEP
 from fastzoo.testing.pointconv import random_edges
 from fastzoo.testing.splines import RATIONAL_QUADRATIC_SPLINE
 from fastzoo.testing.vq import VQ_NEAREST, VQ_QUANTIZE, VQ_STATISTICS, random_codes
@@ -611,5 +612,6 @@ MEASURED: dict[str, OpSpec | Workload] = {
             )
         ),
     ),
+    "ode_step": _also(ODE_STEP, *ODE_STEP_CASES),
     **{work.name: work for work in _WORKLOADS},
 }

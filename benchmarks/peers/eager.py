@@ -15,6 +15,7 @@ from benchmarks.implementation import (
     require_few_steps,
     require_memory,
 )
+from benchmarks.samplers import eager_ode_step
 from benchmarks.workload import Workload
 from benchmarks.workloads import MEASURED
 from fastzoo import reference
@@ -76,9 +77,16 @@ def vq_nearest(x: Tensor, codebook: Tensor, *, metric: str = "l2", **_: Any) -> 
     return found
 
 
+def guidance_factor(cond: Tensor, uncond: Tensor, scale: float, rescale: float) -> Tensor:
+    guided = uncond + scale * (cond - uncond)
+    return rescale * (cond.std(1) / guided.std(1)) + (1 - rescale)
+
+
 # Where the keyword arguments of a case count, and what the formula then is.
 _WITH_OPTIONS: dict[str, Callable[..., Any]] = {
+    "guidance_factor": guidance_factor,
     "matrix_nms": matrix_nms,
+    "ode_step": eager_ode_step,
     "multiclass_nms": eager_multiclass_nms,
     "rational_quadratic_spline": reference.rational_quadratic_spline,
     "soft_nms": soft_nms,
