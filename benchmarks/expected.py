@@ -227,7 +227,7 @@ def sample(
     """The run as its paper writes it, in float64."""
 
     def draw(i: int) -> Tensor:
-        return drawn[i].double() if noise == "generator" else _by_counter(x, samplers.SEED, i)
+        return drawn[i].double() if noise == "generator" else _by_counter(x, samplers.SEED, 1 + 2 * i)
 
     return samplers.run(x.double(), outputs.double(), sigmas, method, draw)
 
@@ -522,10 +522,11 @@ def compare(
 
     Overlaps are right within the tolerance of their operator for ``args``, a fast lookup within
     that of its precision, and centroids where their inertia is within a thousandth of the right
-    one. Random numbers of a peer are right where they are distributed alike. A neighbour of a peer is right where it is as near as the right one, in a ball where it is
-    inside; its voxels may have other numbers. The share of what is found (boxes, detections,
-    peaks) is taken of sets, since peers may order equal scores in another way and leave out the
-    padding; one whose score is off is not right.
+    one. Random numbers of a peer are right where they are distributed alike. A neighbour of a peer
+    is right where it is as near as the right one, in a ball where it is inside; its voxels may have
+    other numbers. The share of what is found (boxes, detections, peaks) is taken of sets, since
+    peers may order equal scores in another way and leave out the padding; one whose score is off is
+    not right.
     """
     if op == "kmeans":
         found = _inertia(args[0].cpu(), torch.as_tensor(answer).cpu())
@@ -574,7 +575,7 @@ _RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _uniform(values: Tensor, count: int) -> bool:
-    """By Kolmogorov and Smirnov's test, which a generator that is right fails once in 10^8 times."""
+    """By Kolmogorov and Smirnov's test, which a right generator fails once in 10^8 times."""
     if values.numel() != count:
         return False
     ordered = values.cpu().flatten().sort().values

@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 BOXES = {"n": 60}
 FACES = {"n": 9, "classes": 40, "dim": 8}
 PAIRS = {"n": 12, "dim": 8}
+LATENTS = {"batch": 2, "channels": 4, "side": 16}
 # Peers that compile for a while, and those that torch compiles, for minutes.
 COMPILED = {"scalar loop", "coordinate trick", "per-class loop"}
 BY_TORCH = {"torch.compile", "zuko compiled", "zuko compiled, scalar"}
@@ -732,6 +733,16 @@ SMALL = {
     "SplineFlow": {"batch": 20, "features": 4, "layers": 2, "hidden": 8},
     "autoregressive_inverse": {"rows": 5},
     "MAF": {"batch": 20, "features": 5, "hidden": 8},
+    "ode_step": {"batch": 2, "n": 30},
+    "counter_bits": {"batch": 2, "n": 300},
+    "counter_normal": {"batch": 2, "n": 300},
+    "guidance_factor": {"batch": 2, "n": 30},
+    "step_error": {"batch": 5, "n": 6},
+    "scheduler_step": LATENTS,
+    "guided_step": LATENTS,
+    "sample": LATENTS,
+    "odeint": {"rows": 2, "columns": 3},
+    "denoising_step": LATENTS,
 }
 
 

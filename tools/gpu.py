@@ -84,6 +84,16 @@ MEASURED = (
     "SplineFlow",
     "autoregressive_inverse",
     "MAF",
+    "ode_step",
+    "counter_bits",
+    "counter_normal",
+    "guidance_factor",
+    "step_error",
+    "scheduler_step",
+    "guided_step",
+    "sample",
+    "odeint",
+    "denoising_step",
 )
 
 SHOW_INFO = """
