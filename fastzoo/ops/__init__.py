@@ -51,6 +51,14 @@ from fastzoo.ops.nms import (
     soft_nms,
     weighted_nms,
 )
+from fastzoo.ops.ode_step import (
+    counter_bits,
+    counter_keys,
+    counter_normal,
+    guidance_factor,
+    ode_step,
+    step_error,
+)
 from fastzoo.ops.pointconv import (
     edge_features,
     group_points,
@@ -121,6 +129,9 @@ __all__ = [
     "clip_loss",
     "complete_box_iou",
     "complete_box_iou_loss",
+    "counter_bits",
+    "counter_keys",
+    "counter_normal",
     "coupling",
     "cubic_spline",
     "distance_box_iou",
@@ -130,6 +141,7 @@ __all__ = [
     "generalized_box_iou_loss",
     "grid_subsample",
     "group_points",
+    "guidance_factor",
     "info_nce",
     "inverse_density_scale",
     "invertible_conv1x1",
@@ -150,6 +162,7 @@ __all__ = [
     "nms_match",
     "nms_rotated",
     "nt_xent",
+    "ode_step",
     "peak_nms",
     "pointconv",
     "pointconv_moments",
@@ -160,6 +173,7 @@ __all__ = [
     "soft_clip",
     "soft_nms",
     "squeeze",
+    "step_error",
     "three_interpolate",
     "three_nn",
     "unsqueeze",

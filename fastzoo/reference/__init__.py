@@ -21,6 +21,10 @@ from fastzoo.reference.contrastive import (
     nt_xent,
     sigmoid_contrastive_loss,
 )
+from fastzoo.reference.counter_random import (
+    counter_bits,
+    counter_normals,
+)
 from fastzoo.reference.coupling import (
     additive_coupling,
     affine_coupling,
@@ -62,6 +66,12 @@ from fastzoo.reference.neighbours import (
     neighbour_search_backward,
 )
 from fastzoo.reference.nms import batched_nms, matrix_nms, nms, soft_nms, suppress, vote
+from fastzoo.reference.ode_step import (
+    guidance_factor,
+    ode_step_backward,
+    ode_step_rows,
+    step_error,
+)
 from fastzoo.reference.pointconv import (
     edge_features,
     group_points,
@@ -121,6 +131,8 @@ __all__ = [
     "complete_box_iou_loss",
     "contrastive",
     "contrastive_backward",
+    "counter_bits",
+    "counter_normals",
     "coupling",
     "coupling_backward",
     "coupling_rows",
@@ -133,6 +145,7 @@ __all__ = [
     "generalized_box_iou_loss",
     "grid_subsample",
     "group_points",
+    "guidance_factor",
     "info_nce",
     "inverse_density_scale",
     "invertible_conv1x1",
@@ -161,6 +174,8 @@ __all__ = [
     "neighbour_search_backward",
     "nms",
     "nt_xent",
+    "ode_step_backward",
+    "ode_step_rows",
     "peak_nms",
     "pointconv",
     "pointconv_backward",
@@ -177,6 +192,7 @@ __all__ = [
     "soft_clip",
     "soft_nms",
     "squeeze",
+    "step_error",
     "suppress",
     "three_interpolate",
     "three_nn",

@@ -1,0 +1,1 @@
+"""Sampling: schedules, sampler methods and ODE solvers, one fused kernel a step."""
