@@ -86,13 +86,13 @@ def counter_normal(seed, sample, draw, block):
 @triton.jit
 def rounded_at_random(value, word, STORED: tl.constexpr):
     """A float32 as one of its two neighbours in a half precision, each as often as it is near."""
-    SPARE: tl.constexpr = 16 if STORED == tl.bfloat16 else 13  # bits of float32's fraction
+    SPARE: tl.constexpr = 23 - STORED.fp_mantissa_width  # bits of the fraction
     bits = value.to(tl.uint32, bitcast=True)
     cut = (bits + (word & ((1 << SPARE) - 1))) >> SPARE << SPARE
     out = cut.to(tl.float32, bitcast=True)
-    if STORED == tl.float16:
+    if SPARE == 13:
+        # Below 2^-14 the neighbours in float16 are 2^-24 apart.
         size = tl.abs(value)
-        # Where neighbours are 2^-24 apart.
         steps = tl.floor(size * 2.0**24 + (word & 0xFFFFFF).to(tl.float32) * 2.0**-24) * 2.0**-24
         out = tl.where(size < 2.0**-14, tl.where(bits >> 31 != 0, -steps, steps), out)
         out = tl.where(size > 65504, value, out)

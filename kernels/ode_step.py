@@ -8,22 +8,21 @@ import torch
 import triton
 import triton.language as tl
 
+from fastzoo.reference import ode_step as reference
 from fastzoo.reference.precision import compute_dtype
 
-from .coupling import LARGEST_ALIGNMENT, Tiles, alignment, tile_of
 from .counter_random import counter_bits as bits_of
 from .counter_random import counter_normal as normals_of
 from .counter_random import rounded_at_random
+from .coupling import LARGEST_ALIGNMENT, Tiles, alignment, tile_of
 from .runtime import EXACT, CompileCase, on_device_of
 from .score_tiles import TRITON_TYPES
 
-# A row of the table: the weights of tensors, of the rows before, of noise, and what follows.
-MOST_TENSORS = 8
-NUMBERS = tl.constexpr(13)
-EARLIER = tl.constexpr(8)
-NOISE = tl.constexpr(10)
-DRAW = tl.constexpr(11)
-BOUND = tl.constexpr(12)
+WIDTH = tl.constexpr(reference.WIDTH)
+EARLIER = tl.constexpr(reference.EARLIER)
+NOISE = tl.constexpr(reference.NOISE)
+DRAW = tl.constexpr(reference.DRAW)
+BOUND = tl.constexpr(reference.BOUND)
 
 # By the bytes of a number in the compute dtype.
 TILES = {4: Tiles(1024, 1024, 32), 8: Tiles(512, 512, 32)}
@@ -43,17 +42,26 @@ def _clamp(value, bound):
 
 @triton.jit
 def _quotient(a, b):
-    if a.dtype == tl.float64:
-        return a / b
-    else:
-        return tl.div_rn(a, b)
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
-def _place(rows, parts, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """A program's first column, its rows, and for reading the row of a sample that exists."""
+def _place(rows, parts, columns, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program's first column, the sample of each of its rows, which elements are there, and
+    where. A row that is not there has the first sample's numbers: no mask to read them by."""
+    columns = columns.to(tl.int64) * ALIGN
     row = (tl.program_id(0) // parts).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    return (tl.program_id(0) % parts).to(tl.int64) * BLOCK_N, row, tl.where(row < rows, row, 0)
+    first = (tl.program_id(0) % parts).to(tl.int64) * BLOCK_N
+    column = first + tl.arange(0, BLOCK_N)[None, :]
+    inside = (row < rows) & (column < columns)
+    return first, tl.where(row < rows, row, 0), inside, row * columns + column
+
+
+@triton.jit
+def _counters(keys, sample, first, BLOCK_N: tl.constexpr):
+    """Seeds, numbers of samples, and blocks."""
+    block = first // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    return tl.load(keys + 2 * sample), tl.load(keys + 2 * sample + 1), block
 
 
 @triton.jit(do_not_specialize=["rows", "parts", "columns", "tables"])
@@ -66,7 +74,7 @@ def _ode_step_kernel(
     t5,
     t6,
     t7,
-    table,  # [steps, tables, R, 13]
+    table,  # [steps, tables, R, WIDTH]
     step,  # [1], or None for the first
     factor,  # [rows] or [1], or None
     threshold,  # [rows], or None
@@ -89,52 +97,49 @@ def _ode_step_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    first, row, sample = _place(rows, parts, BLOCK_M, BLOCK_N)
-    columns = columns.to(tl.int64) * ALIGN
-    column = first + tl.arange(0, BLOCK_N)[None, :]
-    inside = (row < rows) & (column < columns)
-    at = row * columns + column
-
-    weights = table + sample * (R * NUMBERS if TABLE_EACH else 0)
+    first, sample, inside, at = _place(rows, parts, columns, ALIGN, BLOCK_M, BLOCK_N)
+    entry = table + sample * (R * WIDTH if TABLE_EACH else 0)
     if step is not None:
-        weights += tl.load(step) * tables * (R * NUMBERS)
+        entry += tl.load(step) * tables * (R * WIDTH)
     if factor is not None:
         scale = tl.load(factor + (sample if FACTOR_EACH else sample * 0))
+    weights = ()
+    for i in tl.static_range(R * N):
+        weight = tl.load(entry + (i // N * WIDTH + i % N)).to(COMPUTE)
+        if (SCALED >> i % N) & 1:
+            weight *= scale
+        weights += (weight,)
 
     pointers = (t0, t1, t2, t3, t4, t5, t6, t7)
     tensors = ()
     for k in tl.static_range(N):
-        used = tl.load(weights + k).to(COMPUTE) != 0
+        used = weights[k] != 0
         for r in tl.static_range(1, R):
-            used |= tl.load(weights + (r * NUMBERS + k)).to(COMPUTE) != 0
-        x = tl.load(pointers[k] + at, mask=inside & used, other=0.0).to(COMPUTE)
-        if (SCALED >> k) & 1:
-            x *= scale
-        tensors = tensors + (x,)
+            used |= weights[r * N + k] != 0
+        x = tl.load(pointers[k] + at, mask=inside & used, other=0.0)
+        tensors += (x.to(COMPUTE),)
 
     values = ()
     for r in tl.static_range(R):
         value = tl.zeros((BLOCK_M, BLOCK_N), COMPUTE)
         for k in tl.static_range(N):
-            weight = tl.load(weights + (r * NUMBERS + k)).to(COMPUTE)
-            value = _add(value, weight, tensors[k])
+            value = _add(value, weights[r * N + k], tensors[k])
         for j in tl.static_range(r):
-            weight = tl.load(weights + (r * NUMBERS + EARLIER + j)).to(COMPUTE)
+            weight = tl.load(entry + (r * WIDTH + EARLIER + j)).to(COMPUTE)
             value = _add(value, weight, values[j])
-        if r == 0 and threshold is not None:
-            limit = tl.load(threshold + sample)
-            value = _quotient(_clamp(value, limit), limit)
-        elif r < R - 1:
-            value = _clamp(value, tl.load(weights + (r * NUMBERS + BOUND)).to(COMPUTE))
-        values = values + (value,)
+        if r < R - 1:
+            if r == 0 and threshold is not None:
+                limit = tl.load(threshold + sample)
+                value = _quotient(_clamp(value, limit), limit)
+            else:
+                value = _clamp(value, tl.load(entry + (r * WIDTH + BOUND)).to(COMPUTE))
+        values += (value,)
 
     value = values[R - 1]
     if keys is not None:
-        seed = tl.load(keys + 2 * sample)
-        number = tl.load(keys + 2 * sample + 1)
-        last = weights + (R - 1) * NUMBERS
+        seed, number, block = _counters(keys, sample, first, BLOCK_N)
+        last = entry + (R - 1) * WIDTH
         draw = tl.load(last + DRAW).to(tl.int32).to(tl.uint32, bitcast=True)
-        block = first // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
         weight = tl.load(last + NOISE).to(COMPUTE)
         value = _add(value, weight, normals_of(seed, number, draw, block).to(COMPUTE))
         if STOCHASTIC:
@@ -160,18 +165,13 @@ def _counter_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    first, row, sample = _place(rows, parts, BLOCK_M, BLOCK_N)
-    columns = columns.to(tl.int64) * ALIGN
-    column = first + tl.arange(0, BLOCK_N)[None, :]
-    seed = tl.load(keys + 2 * sample)
-    number = tl.load(keys + 2 * sample + 1)
-    block = first // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+    first, sample, inside, at = _place(rows, parts, columns, ALIGN, BLOCK_M, BLOCK_N)
+    seed, number, block = _counters(keys, sample, first, BLOCK_N)
     if out.dtype.element_ty == tl.float32:
         drawn = normals_of(seed, number, draw.to(tl.uint32), block)
     else:
         drawn = bits_of(seed, number, draw.to(tl.uint32), block).to(tl.int64)
-    inside = (row < rows) & (column < columns)
-    tl.store(out + (row * columns + column), drawn, mask=inside)
+    tl.store(out + at, drawn, mask=inside)
 
 
 def _given(tensor: torch.Tensor) -> torch.Tensor | None:
@@ -207,7 +207,7 @@ def ode_step(
     stochastic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The last row's combination of the tensors, and those of the rows before it that are kept."""
-    given = [t.contiguous() for t in (t0, t1, t2, t3, t4, t5, t6, t7) if t.numel()]
+    given = [t.contiguous() for t in reference.given((t0, t1, t2, t3, t4, t5, t6, t7))]
     table = table.contiguous()
     _, tables, r, _ = table.shape
     out = torch.empty_like(t0, memory_format=torch.contiguous_format)
@@ -224,7 +224,7 @@ def ode_step(
     with on_device_of(out):
         _ode_step_kernel[grid](
             *given,
-            *[None] * (MOST_TENSORS - len(given)),
+            *[None] * (reference.TENSORS - len(given)),
             table,
             _given(step),
             *map(_given, per_sample),
@@ -234,7 +234,7 @@ def ode_step(
             tables,
             N=len(given),
             R=r,
-            SCALED=scaled,
+            SCALED=scaled if factor.numel() else 0,
             TABLE_EACH=tables > 1,
             FACTOR_EACH=factor.numel() > 1,
             STOCHASTIC=stochastic and out.dtype in (torch.float16, torch.bfloat16),
