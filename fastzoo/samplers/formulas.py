@@ -125,7 +125,8 @@ def ddim(
     noise: Value | None = None,
 ) -> Value:
     """Song et al. 2021, eq. 12, whose sigma_t is ``std``."""
-    x = next_alpha * x0 + numpy.sqrt(next_sigma**2 - std**2) * eps
+    # At eta = 1 after an alpha of 0 the difference is 0 but for its rounding.
+    x = next_alpha * x0 + numpy.sqrt(numpy.maximum(next_sigma**2 - std**2, 0)) * eps
     return x if noise is None else x + std * noise
 
 
