@@ -42,13 +42,15 @@ def betas(config: Any) -> numpy.ndarray:
         return numpy.square(numpy.linspace(start**0.5, end**0.5, count))
     if schedule == "squaredcos_cap_v2":
         return _betas_of(_cosine, count)
+    if schedule == "exp":
+        return _betas_of(lambda t: math.exp(-12 * t), count)
     if schedule == "laplace":
         return _betas_of(_laplace, count)
     if schedule == "sigmoid":
         return (end - start) / (1 + numpy.exp(-numpy.linspace(-6, 6, count))) + start
     raise ValueError(
-        "beta_schedule: expected 'linear', 'scaled_linear', 'squaredcos_cap_v2', 'laplace' or "
-        f"'sigmoid', got {schedule!r}"
+        "beta_schedule: expected 'linear', 'scaled_linear', 'squaredcos_cap_v2', 'exp', 'laplace' "
+        f"or 'sigmoid', got {schedule!r}"
     )
 
 
@@ -85,7 +87,7 @@ class VariancePreserving:
     def _set_noise_levels(self) -> None:
         """``_alphas_bar`` in float64, and the attributes that users of diffusers read."""
         bar = numpy.cumprod(1 - betas(self.config))
-        if self.config.rescale_betas_zero_snr:
+        if getattr(self.config, "rescale_betas_zero_snr", False):
             bar = zero_terminal_snr(bar)
         self._alphas_bar = bar
         alphas = bar / numpy.concatenate([[1.0], bar[:-1]])
