@@ -162,7 +162,7 @@ def _keep_ours(theirs: Any, ours: type) -> None:
     theirs.from_config = classmethod(from_config)
 
 
-def _randn(
+def randn(
     shape: tuple[int, ...], generator: Any, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Noise of a generator, or of a list of one for each sample; where the generator is on the CPU
@@ -171,7 +171,7 @@ def _randn(
         if len(generator) not in (1, shape[0]):
             raise ValueError(f"generator: expected 1 or {shape[0]}, got {len(generator)}")
         if len(generator) > 1:
-            return torch.cat([_randn((1, *shape[1:]), g, device, dtype) for g in generator])
+            return torch.cat([randn((1, *shape[1:]), g, device, dtype) for g in generator])
         generator = generator[0]
     where = device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
@@ -241,6 +241,8 @@ class Scheduler:
     _step_index: int | None = None
     _run: _Run | None = None
     _keys: tuple[Any, Tensor, Any] | None = None
+    _levels: numpy.ndarray
+    _mixtures: dict[str, tuple[Program, Tables]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -305,6 +307,7 @@ class Scheduler:
             self._levels = sigmas
             self.sigmas = self._shown_sigmas = torch.from_numpy(sigmas.astype(numpy.float32))
         self._begin_index = self._step_index = self._run = None
+        self._mixtures = {}
 
     def _adopt(self) -> None:
         """Takes the timesteps or noise levels that were assigned to the attributes."""
@@ -361,6 +364,7 @@ class Scheduler:
         if place is None:
             begin = self._begin_index
             place = self.index_for_timestep(timestep) if begin is None else begin
+            self._step_index = place
         if place >= len(self._host):
             raise ValueError(
                 f"step: this run has {len(self._host)} steps; set_timesteps begins anew"
@@ -401,6 +405,8 @@ class Scheduler:
         programs: list[tuple[Program, Program | None]] = []
         places: dict[int, tuple[int, int]] = {}
         for steps in self.groups(numpy.arange(index, len(self._grid)), *options):
+            if not len(steps):
+                continue
             z = noise(0) if seeded else tensor("noise")
             rows = self.rows(steps, tensor("sample"), output, z, *options)
             kept = list(rows)[:-1]
@@ -473,7 +479,7 @@ class Scheduler:
         if "noise" in program.inputs:
             if noise is None:
                 dtype = noise_dtype or model_output.dtype
-                noise = _randn(sample.shape, generator, sample.device, dtype)
+                noise = randn(sample.shape, generator, sample.device, dtype)
             tensors["noise"] = noise
         if sample.dtype == torch.float64:
             tensors = {name: t.double() for name, t in tensors.items()}
@@ -490,6 +496,38 @@ class Scheduler:
         result = program(tensors, table, **more)
         self._step_index = index + 1
         return result if program.keep else (result,)
+
+    def _mixed(
+        self, what: str, row: Combination, x: Tensor, noise: Tensor, places: Tensor | int
+    ) -> Tensor:
+        """A mixture of data and noise whose weights are those of each sample's place, or of one."""
+        if what not in self._mixtures:
+            program = Program({what: row}, "x")
+            self._mixtures[what] = program, Tables([program])
+        program, tables = self._mixtures[what]
+        table = tables.on(x.device)[0]
+        if isinstance(places, Tensor):
+            table = table.index_select(1, places.to(x.device).flatten())
+        else:
+            table = table[:, places : places + 1]
+        noise = noise.expand_as(x)
+        if x.dtype == torch.float64 or noise.dtype == torch.float64:
+            noise = noise.to(x.dtype)
+        result: Tensor = program({"x": x, "noise": noise}, table)
+        return result
+
+    def _places_of(self, timesteps: Tensor) -> Tensor | int:
+        """The steps of these timesteps; where the run is, if ``set_begin_index`` was called."""
+        if self._begin_index is None:
+            found = [self.index_for_timestep(t) for t in timesteps.flatten().tolist()]
+            return torch.tensor(found, dtype=torch.int64)
+        return self._begin_index if self._step_index is None else self._step_index
+
+    def _counter_noise(self, seeds: Any, sample: Tensor, draw: int) -> Tensor:
+        """The noise that ``seeds`` stand for, as a tensor: for what one kernel does not do."""
+        keys = self._counter_keys(seeds, sample)
+        flat = ops.counter_normal(keys, sample[0].numel(), draw)
+        return flat.view(sample.shape)
 
     def _of_one_kind(self, model_output: Tensor, sample: Tensor) -> tuple[str, Tensor, Tensor]:
         """Which of the two the next sample is like, and both, as one kernel takes them."""

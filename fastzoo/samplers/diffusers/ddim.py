@@ -9,15 +9,14 @@ from torch import Tensor
 from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Combination, tensor
 from fastzoo.samplers.diffusers.base import (
-    Scheduler,
     SchedulerOutput,
     parent,
     register_to_config,
 )
-from fastzoo.samplers.diffusers.noise_levels import VariancePreserving
+from fastzoo.samplers.diffusers.noise_levels import VariancePreserving, spaced
 
 
-class DDIMScheduler(VariancePreserving, Scheduler, parent("DDIMScheduler")):  # type: ignore[misc]
+class DDIMScheduler(VariancePreserving, parent("DDIMScheduler")):  # type: ignore[misc]
     """diffusers' ``DDIMScheduler``, each step one kernel."""
 
     any_order = True
@@ -52,7 +51,7 @@ class DDIMScheduler(VariancePreserving, Scheduler, parent("DDIMScheduler")):  # 
     ) -> None:
         """The timesteps of a run, by ``timestep_spacing``."""
         self.num_inference_steps = num_inference_steps
-        self._publish(self._spaced(num_inference_steps), device=device)
+        self._publish(spaced(self.config, num_inference_steps, whole=True), device=device)
 
     def _find(self, timestep: float) -> int:
         """Any timestep has a step, to the one a step's length before it."""

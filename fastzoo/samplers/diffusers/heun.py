@@ -9,11 +9,16 @@ from torch import Tensor
 from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Combination, tensor
 from fastzoo.samplers.diffusers.base import SchedulerOutput, parent, register_to_config
-from fastzoo.samplers.diffusers.noise_levels import spaced
-from fastzoo.samplers.diffusers.respaced import Respaced, times_of
+from fastzoo.samplers.diffusers.noise_levels import (
+    VarianceExploding,
+    check_conversion,
+    converted,
+    sigma_to_t,
+    spaced,
+)
 
 
-class HeunDiscreteScheduler(Respaced, parent("HeunDiscreteScheduler")):  # type: ignore[misc]
+class HeunDiscreteScheduler(VarianceExploding, parent("HeunDiscreteScheduler")):  # type: ignore[misc]
     """diffusers' ``HeunDiscreteScheduler``, each call of ``step`` one kernel.
 
     Its timesteps stand twice, as diffusers has them: the first call goes to the next noise level by
@@ -21,6 +26,7 @@ class HeunDiscreteScheduler(Respaced, parent("HeunDiscreteScheduler")):  # type:
     """
 
     order = 2
+    like_output = False
 
     @register_to_config
     def __init__(
@@ -39,7 +45,8 @@ class HeunDiscreteScheduler(Respaced, parent("HeunDiscreteScheduler")):  # type:
         timestep_spacing: str = "linspace",
         steps_offset: int = 0,
     ) -> None:
-        self._set_trained_levels()
+        check_conversion(self.config)
+        self._set_noise_levels()
         self.set_timesteps(num_train_timesteps)
 
     def set_timesteps(
@@ -52,19 +59,22 @@ class HeunDiscreteScheduler(Respaced, parent("HeunDiscreteScheduler")):  # type:
         """The timesteps of a run, by ``timestep_spacing`` or as given."""
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps: expected one of num_inference_steps and timesteps")
-        if timesteps is not None:
-            if self._spacing is not None:
-                raise ValueError(f"timesteps: not together with {self._spacing}")
-            times = numpy.asarray(timesteps, dtype=numpy.float64)
-        else:
-            count = num_train_timesteps or self.config.num_train_timesteps
-            spacing, offset = self.config.timestep_spacing, self.config.steps_offset
+        config, training = self.config, self._training
+        if num_train_timesteps not in (None, config.num_train_timesteps):
+            raise ValueError(
+                f"num_train_timesteps: expected that of the config, {config.num_train_timesteps}"
+            )
+        if timesteps is None:
             assert num_inference_steps is not None
-            times = spaced(spacing, num_inference_steps, count, offset, whole=False)
-        levels = self._levels_at_trained(times)
-        if self._spacing is not None:
-            levels = self._respaced(len(levels), levels[-1], levels[0])
-            times = times_of(levels, self._trained)
+            times = spaced(config, num_inference_steps, whole=False)
+        else:
+            times = numpy.asarray(timesteps, dtype=numpy.float64)
+        levels = numpy.interp(times, numpy.arange(len(training)), training)
+        changed = converted(config, levels, len(levels))
+        if changed is not None:
+            if timesteps is not None:
+                raise ValueError("timesteps: not with a config that converts the noise levels")
+            times, levels = sigma_to_t(changed, training), changed
         self.num_inference_steps = len(times)
         twice = numpy.append(levels[:1], numpy.repeat(levels[1:], 2))
         self._publish(
@@ -73,44 +83,19 @@ class HeunDiscreteScheduler(Respaced, parent("HeunDiscreteScheduler")):  # type:
         self._start: tuple[Tensor, Tensor] | None = None
 
     @property
-    def init_noise_sigma(self) -> Tensor:  # type: ignore[override]
-        """The standard deviation of the noise that a run begins with."""
-        largest = self.sigmas.max()
-        if self.config.timestep_spacing in ("linspace", "trailing"):
-            return largest
-        return (largest**2 + 1) ** 0.5
-
-    @property
     def state_in_first_order(self) -> bool:
         """Whether the next call is the first one of a step."""
         return self._start is None
 
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
-        """The sample scaled to variance 1, for the model."""
-        return sample * float(self._scale(self._levels[self._place(timestep)]))
-
-    @staticmethod
-    def _scale(level: Any) -> Any:
-        return 1 / numpy.sqrt(level**2 + 1)
-
-    def _alpha_sigma_of(self, levels: Any) -> tuple[Any, Any]:
-        return 1.0, levels
-
     def groups(self, steps: numpy.ndarray) -> list[numpy.ndarray]:
-        first, second = steps[steps % 2 == 0], steps[steps % 2 == 1]
-        return [group for group in (first, second) if len(group)]
+        return [steps[steps % 2 == 0], steps[steps % 2 == 1]]
 
     def rows(
         self, steps: numpy.ndarray, x: Combination, output: Combination, noise: Combination
     ) -> dict[str, Combination]:
         second = steps[0] % 2 == 1
         level, next_level = self._levels[steps], self._levels[steps + 1]
-        if self.config.prediction_type == "v_prediction":
-            # v is of the sample as the model sees it.
-            scale = self._scale(level)
-            x0 = self._denoised(scale * x, output, scale, level * scale)
-        else:
-            x0 = self._denoised(x, output, 1.0, level)
+        x0 = self._denoised_at(x, output, level, level)
         if not second:
             return {"x0": x0, "sample": formulas.euler(x, tensor("x0"), level, next_level)}
         start, begin = tensor("start"), self._levels[steps - 1]
