@@ -97,7 +97,7 @@ def odeint(
     moved = (t - t.detach()).to(y) if t.requires_grad and torch.is_grad_enabled() else None
     if moved is not None:
         # A later start from the same state is a start from an earlier one.
-        y = y - moved[0] * rhs(rhs.time(times[0]), y)
+        start, y = y, y - moved[0] * rhs(rhs.time(times[0]), y)
     if len(times) == 1 or y.numel() == 0:
         states = [y] * len(times)
     elif method in FIXED:
@@ -110,7 +110,7 @@ def odeint(
         else:
             states = _Adaptive(rhs, norm, y, times, ADAPTIVE[method], settings).integrate()
     if moved is not None:
-        states = states[:1] + [
+        states = [start] + [
             state + moved[i] * rhs(rhs.time(times[i]), state)
             for i, state in enumerate(states[1:], 1)
         ]

@@ -124,9 +124,9 @@ class Layout:
             return rows
         lead = rows.shape[:-2]
         if not self.is_tuple:
-            return rows.view(*lead, *self.shapes[0])
+            return rows.view((*lead, *self.shapes[0]))
         return tuple(
-            rows[..., begin:end].reshape(*lead, *shape)
+            rows[..., begin:end].reshape((*lead, *shape))
             for (begin, end), shape in zip(self.parts, self.shapes, strict=True)
         )
 
@@ -248,14 +248,22 @@ class DenseOutput:
         """``x`` a number, or float64 ``[B]`` on the device for as many rows."""
         count = len(self._sum.stages)
         if isinstance(x, Tensor):
-            powers = torch.stack([x, x**2, x**3, x**4], 1)
             table = self._device_table.repeat(1, len(x), 1, 1)
-            table[0, :, 0, 1 : 1 + count] = powers @ self._device_powers
+            table[0, :, 0, 1 : 1 + count] = _polynomial(x[:, None], self._device_powers)
         else:
             host = self._table.copy()
-            host[..., 1 : 1 + count] = np.array([x, x**2, x**3, x**4]) @ self._powers
+            host[..., 1 : 1 + count] = _polynomial(x, self._powers)
             table = torch.from_numpy(host).to(y.device)
         return self._sum(table, y, k, factor)
+
+
+def _polynomial(x: Any, powers: Any) -> Any:
+    """``sum_p x^(p + 1) powers[p]``, elementwise: the bits of a product of matrices depend on the
+    batch."""
+    total = powers[-1] * x
+    for row in reversed(powers[:-1].unbind() if isinstance(powers, Tensor) else powers[:-1]):
+        total = (total + row) * x
+    return total
 
 
 @dataclass(frozen=True)
