@@ -131,7 +131,8 @@ def _write_report(folder: Path, target: Path) -> int:
     print(f"wrote {target}")
     if target.parent == _ROOT / "docs":
         report.write_summary(folder, _ROOT / "README.md")
-        print("wrote the table of README.md")
+        report.write_samplers(folder, target.parent / "samplers" / "index.md")
+        print("wrote the tables of README.md and docs/samplers/index.md")
     return 0
 
 

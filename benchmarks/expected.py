@@ -227,7 +227,9 @@ def sample(
     """The run as its paper writes it, in float64."""
 
     def draw(i: int) -> Tensor:
-        return drawn[i].double() if noise == "generator" else _by_counter(x, samplers.SEED, 1 + 2 * i)
+        return (
+            drawn[i].double() if noise == "generator" else _by_counter(x, samplers.SEED, 1 + 2 * i)
+        )
 
     return samplers.run(x.double(), outputs.double(), sigmas, method, draw)
 

@@ -69,10 +69,74 @@ def write_summary(folder: Path, readme: Path) -> None:
         parts.append(
             f"{machine['device']}, {machine['threads']} threads, smallest first:\n\n{table}"
         )
-    before, _, rest = readme.read_text().partition(_SUMMARY_BEGIN)
+    _write_between_marks(readme, "\n".join(parts))
+
+
+def _write_between_marks(page: Path, body: str) -> None:
+    before, _, rest = page.read_text().partition(_SUMMARY_BEGIN)
     _, _, after = rest.partition(_SUMMARY_END)
-    body = "\n".join(parts)
-    readme.write_text(f"{before}{_SUMMARY_BEGIN}\n\n{body}\n{_SUMMARY_END}{after}")
+    page.write_text(f"{before}{_SUMMARY_BEGIN}\n\n{body}\n{_SUMMARY_END}{after}")
+
+
+# What a step of sampling takes with a model of some hundred million weights, on a GPU and without.
+_MODEL_SECONDS = (0.05, 0.5)
+
+
+def write_samplers(folder: Path, page: Path) -> None:
+    """Rewrite the tables of docs/samplers/index.md: of a scheduler's step also what it saves of a
+    step with a model; and whole runs."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        report = load(path)
+        steps = [
+            [
+                case,
+                *_beside(own, peer),
+                *(f"{_saved(own, peer, model):.2%}" for model in _MODEL_SECONDS),
+            ]
+            for case, own, peer in _pairs(report, "scheduler_step", "diffusers")
+        ]
+        runs = [
+            [f"`{op}` {case}", *_beside(own, peer)]
+            for op, name in (
+                ("guided_step", "eager"),
+                ("sample", "k-diffusion"),
+                ("odeint", "torchdiffeq"),
+                ("denoising_step", "diffusers"),
+            )
+            for case, own, peer in _pairs(report, op, name)
+        ]
+        if not steps:
+            continue
+        machine = report["machine"]
+        head = ["a step of", "fastzoo", "diffusers", "ratio"]
+        head += [f"saved of a step with a model of {time_text(model)}" for model in _MODEL_SECONDS]
+        parts.append(
+            f"{machine['device']}, {machine['threads']} threads, 8 x 4 x 128 x 128 float32:\n\n"
+            f"{_table(head, steps)}\n{_table(['', 'fastzoo', 'peer', 'ratio'], runs)}"
+        )
+    _write_between_marks(page, "\n".join(parts))
+
+
+def _pairs(report: Record, op: str, peer: str) -> list[tuple[str, Record, Record]]:
+    """Cases with checked times of fastzoo's default and of a peer."""
+    found = (
+        (case, default_row(report, op, case), row_of(report, op, case, peer))
+        for case in cases(report, op)
+    )
+    return [(case, own, row) for case, own, row in found if own and row and "seconds" in row]
+
+
+def _beside(own: Record, peer: Record) -> list[str]:
+    theirs = time_text(peer["seconds"])
+    if peer["op"] != "scheduler_step":
+        theirs = f"{theirs} ({peer['implementation']})"
+    return [time_text(own["seconds"]), theirs, ratio_text(peer["seconds"] / own["seconds"])]
+
+
+def _saved(own: Record, peer: Record, model: float) -> float:
+    """The share of a step, model and scheduler, that fastzoo takes less."""
+    return float((peer["seconds"] - own["seconds"]) / (peer["seconds"] + model))
 
 
 def _sections(report: Record, folder: Path) -> list[str]:

@@ -174,7 +174,9 @@ def passed(rows: list[Row]) -> bool:
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def _grid(width: float, height: float, columns: int) -> tuple[pyplot.Figure, list[list[pyplot.Axes]]]:
+def _grid(
+    width: float, height: float, columns: int
+) -> tuple[pyplot.Figure, list[list[pyplot.Axes]]]:
     methods = {**ODE, **SDE}
     figure, panels = pyplot.subplots(
         len(methods), columns, figsize=(width * columns, height * len(methods)), squeeze=False

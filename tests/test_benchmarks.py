@@ -16,7 +16,7 @@ from benchmarks import dispatched, machine, memory, overhead, report, results, w
 from benchmarks import expected as oracle
 from benchmarks.__main__ import main
 from benchmarks.expected import compare, expected_loss, vq_nearest
-from benchmarks.implementation import Implementation, Loss, Unavailable, require_memory
+from benchmarks.implementation import Implementation, Loss, Other, Unavailable, require_memory
 from benchmarks.peers import PEERS, partial_fc
 from benchmarks.rows import Problem, Row, measure_row, select
 from fastzoo import _native, ops, reference
@@ -403,6 +403,30 @@ def test_summary_of_the_readme_starts_with_the_smallest_ratio(tmp_path: Path) ->
         assert "old" not in text
 
 
+def test_what_a_scheduler_saves_of_a_pipeline(tmp_path: Path) -> None:
+    def timed(op: str, case: str, name: str, kind: str, seconds: float) -> dict[str, Any]:
+        return {**_timed(case, name, kind, seconds), "op": op}
+
+    rows = [
+        timed("scheduler_step", "DDIM", "fastzoo cpu", "auto", 1e-3),
+        timed("scheduler_step", "DDIM", "eager", "peer", 1e-9),
+        timed("scheduler_step", "DDIM", "diffusers", "peer", 6e-3),
+        timed("sample", "Heun", "fastzoo cpu", "auto", 1e-3),
+        timed("sample", "Heun", "k-diffusion", "peer", 5e-3),
+    ]
+    results.save(tmp_path, _report(*rows), partial=False)
+    page = tmp_path / "index.md"
+    page.write_text(f"before\n{report._SUMMARY_BEGIN}\nold\n{report._SUMMARY_END}\nafter\n")
+    for _ in range(2):
+        report.write_samplers(tmp_path, page)
+        text = page.read_text()
+        # 5 of 56 ms, and of 506.
+        assert "| DDIM | 1.00 ms | 6.00 ms | 6.00x | 8.93% | 0.99% |" in text
+        assert "| `sample` Heun | 1.00 ms | 5.00 ms (k-diffusion) | 5.00x |" in text
+        assert text.endswith(f"{report._SUMMARY_END}\nafter\n")
+        assert "old" not in text
+
+
 def test_partial_results_are_merged_on_one_machine_only(tmp_path: Path) -> None:
     first, second = (_timed(case, "fastzoo cpu", "auto", 1.0) for case in ("1 box", "9 boxes"))
     path = results.save(tmp_path, {**_report(first, second), "ceilings": {}}, partial=False)
@@ -681,6 +705,36 @@ def test_voxels_of_peers_may_have_other_numbers() -> None:
     assert compare("voxel_grid", packed, right, (points, 0.3)) == (False, 1.0)
     assert compare("voxel_grid", right // 2, right, (points, 0.3))[1] < 0.9
     assert compare("voxel_grid", right[:-1], right, (points, 0.3)) == (False, 0.0)
+
+
+def test_random_numbers_of_peers_are_right_where_they_are_distributed_alike() -> None:
+    keys = ops.counter_keys(3, 4)
+    right = ops.counter_normal(keys, 500)
+    assert compare("counter_normal", right, right) == (True, 1.0)
+    assert compare("counter_normal", torch.randn(4, 500), right) == (False, 1.0)
+    assert compare("counter_normal", 1.5 * torch.randn(4, 500), right) == (False, 0.0)
+    assert compare("counter_normal", torch.randn(4, 400), right) == (False, 0.0)
+    words = ops.counter_bits(keys, 500)
+    assert compare("counter_bits", words, words) == (True, 1.0)
+    assert compare("counter_bits", torch.randint(1 << 32, (4, 500)), words) == (False, 1.0)
+    assert compare("counter_bits", words // 2, words) == (False, 0.0)
+
+
+def test_a_peer_with_other_noise_answers_what_it_says() -> None:
+    op = "scheduler_step"
+    spec = workloads.MEASURED[op]
+    case = next(case for case in spec.benchmarks if case.name == "DDPM, seeds")
+    problem = Problem(spec, case, LATENTS, "cpu")
+    drawn = {**case.kwargs, "noise": "generator"}
+    answer = oracle.expected(op, *problem.args, **drawn)
+
+    def measured(prepared: Any) -> dict[str, Any]:
+        planted = Implementation("planted", {op: lambda *_, **__: prepared})
+        return measure_row(Row(problem, planted), budget=0.01)
+
+    assert measured(Other(lambda: answer, drawn))["deviation"] == 0
+    assert "wrong answer" in measured(lambda: answer)["error"]
+    assert "wrong answer" in measured(Other(lambda: 1.001 * answer, drawn))["error"]
 
 
 def test_a_wrong_density_or_seed_gets_no_time() -> None:
