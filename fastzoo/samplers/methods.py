@@ -15,7 +15,7 @@ import numpy
 
 from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Coefficient, Combination
-from fastzoo.samplers.formulas import derivative
+from fastzoo.samplers.formulas import Value, derivative
 from fastzoo.samplers.plan import Evaluation, Step, method
 from fastzoo.samplers.tableaus import ADAPTIVE, FIXED, HEUN3, Tableau
 
@@ -47,14 +47,14 @@ def _churned(
     if not numpy.any(gamma):
         return x, step.sigma
     hat, up = formulas.churned(step.sigma, gamma)
-    return x + step.noise(step.sigma, hat) * (s_noise * up), hat
+    return x + s_noise * up * step.noise(step.sigma, hat), hat
 
 
-def _noised(x: Combination, step: Step, std: Coefficient) -> Combination:
+def _noised(x: Value, step: Step, std: Coefficient) -> Value:
     """The state with the noise that brings it to the step's end; none is drawn where none is."""
     if not numpy.any(std):
         return x
-    return x + step.noise(step.sigma, step.next_sigma) * std
+    return x + std * step.noise(step.sigma, step.next_sigma)
 
 
 @method
