@@ -16,6 +16,7 @@ from benchmarks.workload import Workload
 from fastzoo import ops, samplers
 from fastzoo.samplers import diffusers, formulas
 from fastzoo.samplers.algebra import Combination, Program, Tables, tensor
+from fastzoo.samplers.ode import odeint
 from fastzoo.testing import BenchmarkCase
 from fastzoo.testing.coupling import values
 from fastzoo.testing.ode_step import ODE_STEP, table_of
@@ -562,7 +563,7 @@ def _no_loop(y0: Tensor) -> Tensor:
 ODEINT = Workload(
     "odeint",
     "ode_step",
-    lambda y0: solve(samplers.odeint, y0),
+    lambda y0: solve(odeint, y0),
     _no_loop,
     lambda *_: 0.0,
     (_odeint_case(4096), _odeint_case(1)),
