@@ -170,15 +170,14 @@ class Trace:
             if reports or x.noisy:
                 # One kernel draws one noise.
                 x = self._materialised(x)
-            start, generator = x, function(x, step, **options)
+            generator, start, evaluations = function(x, step, **options), x, 0
             try:
                 wanted, sigma = next(generator)
                 while True:
-                    first = start is not None
-                    at, value = self._evaluated(wanted, sigma, fresh=first)
-                    if first and reports:
+                    at, value = self._evaluated(wanted, sigma, fresh=evaluations == 0)
+                    if reports and evaluations == 0:
                         self._report(step, sigma, start, value)
-                    start = None
+                    evaluations += 1
                     wanted, sigma = generator.send((at, value))
             except StopIteration as end:
                 x = end.value
@@ -208,22 +207,27 @@ class Trace:
         name = self._name("output")
         outputs = (name,) if self._guidance is None else (f"{name}-uncond", f"{name}-cond")
         self.instructions.append(Evaluate(self._name_of(x), sigma, outputs))
-        predicted = [tensor(output) for output in outputs]
         if self._guidance is None:
-            return x, self._denoised(stage, predicted[0], sigma)
-        guided = formulas.guided(*predicted, self._guidance)
+            return x, self._denoised(stage, tensor(name), sigma)
+        uncond, cond = (tensor(output) for output in outputs)
+        guided = formulas.guided(uncond, cond, self._guidance)
         if self._rescaled:
             self._factor, self._outputs = name, outputs
         # Kept: two tensors become one, and no two factors meet in a kernel.
         return x, self.keep(self._denoised(stage, guided, sigma))
 
     def _denoised(self, x: Combination, output: Combination, sigma: Coefficient) -> Combination:
+        alpha: Coefficient = 1.0
         if self._prediction == "v":
             # The network sees a variance preserving state.
-            scale = 1 / numpy.sqrt(1 + sigma**2)
-            return formulas.denoised("v", scale * x, output, scale, scale * sigma)
-        alpha = 1 - sigma if self._prediction == "velocity" else 1.0
-        return formulas.denoised(self._prediction, x, output, alpha, sigma, self._sigma_data)
+            alpha = 1 / numpy.sqrt(1 + sigma**2)
+            x, sigma = alpha * x, alpha * sigma
+        elif self._prediction == "velocity":
+            alpha = 1 - sigma
+        value: Combination = formulas.denoised(
+            self._prediction, x, output, alpha, sigma, self._sigma_data
+        )
+        return value
 
     def _materialised(self, value: Combination) -> Combination:
         """The value as a tensor, by one kernel, which writes what is to be kept too."""
