@@ -9,7 +9,8 @@ class of its name (``parent``), and has
 * ``rows``: the step as combinations of tensors (:mod:`fastzoo.samplers.algebra`), for many steps at
   once: ``steps`` is an array of their indices, and a coefficient is an array with one number for
   each. The last row is the next sample; those before it are returned too. A row called ``x0`` is
-  what ``clip_sample`` and ``thresholding`` are about. ``rows`` runs once a run, at its first step.
+  what ``clip_sample`` and ``thresholding`` are about. No row has a tensor's name (``sample``).
+  ``rows`` runs once a run, at its first step.
 * ``groups``, only where some steps are of another structure than others (no noise in the last, a
   lower order in the first): the indices that ``rows`` takes together.
 * ``history``, if any: ``rows`` names the tensors of earlier steps as the ``history`` does that
@@ -246,6 +247,9 @@ class Scheduler:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith(f"{__package__}."):
+            # Where a saved pipeline finds the class, and beside it diffusers' SchedulerMixin.
+            cls.__module__ = __package__
         for base in cls.__bases__ if DIFFUSERS is not None else ():
             if base.__name__ == cls.__name__ and base.__module__.startswith("diffusers."):
                 _keep_ours(base, cls)

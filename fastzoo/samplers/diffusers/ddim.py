@@ -87,8 +87,8 @@ class DDIMScheduler(VariancePreserving, parent("DDIMScheduler")):  # type: ignor
             eps = formulas.noise_of(x, x0, alpha, sigma)
         std = eta * numpy.sqrt(formulas.posterior_variance(alpha, sigma, next_alpha, next_sigma))
         drawn = noise if eta > 0 else None
-        sample = formulas.ddim(tensor("x0"), eps, next_alpha, next_sigma, std, drawn)
-        return {"x0": x0, "sample": sample}
+        prev_sample = formulas.ddim(tensor("x0"), eps, next_alpha, next_sigma, std, drawn)
+        return {"x0": x0, "prev_sample": prev_sample}
 
     def step(
         self,

@@ -98,10 +98,10 @@ class DDPMScheduler(VariancePreserving, parent("DDPMScheduler")):  # type: ignor
     ) -> dict[str, Combination]:
         alpha, sigma, next_alpha, next_sigma = self._levels_of(steps)
         x0 = self._denoised(x, output, alpha, sigma)
-        sample = formulas.ddpm_mean(x, tensor("x0"), alpha, sigma, next_alpha, next_sigma)
+        prev_sample = formulas.ddpm_mean(x, tensor("x0"), alpha, sigma, next_alpha, next_sigma)
         if self._grid[steps[0]] > 0:
-            sample = sample + self._std(alpha, sigma, next_alpha, next_sigma) * noise
-        return {"x0": x0, "sample": sample}
+            prev_sample = prev_sample + self._std(alpha, sigma, next_alpha, next_sigma) * noise
+        return {"x0": x0, "prev_sample": prev_sample}
 
     def _std(self, alpha: Any, sigma: Any, next_alpha: Any, next_sigma: Any) -> Any:
         """By how much the noise is multiplied; 1 where the model says by how much."""

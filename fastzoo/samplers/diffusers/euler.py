@@ -145,7 +145,7 @@ class EulerDiscreteScheduler(VarianceExploding, parent("EulerDiscreteScheduler")
             x = x + s_noise * added * noise
         # diffusers reads v at the level without the churn.
         x0 = self._denoised_at(x, output, hat, sigma)
-        return {"x0": x0, "sample": formulas.euler(x, tensor("x0"), hat, next_sigma)}
+        return {"x0": x0, "prev_sample": formulas.euler(x, tensor("x0"), hat, next_sigma)}
 
     def step(
         self,

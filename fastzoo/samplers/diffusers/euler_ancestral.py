@@ -52,7 +52,7 @@ class EulerAncestralDiscreteScheduler(
         sigma, next_sigma = self._levels[steps], self._levels[steps + 1]
         down, up = formulas.ancestral(sigma, next_sigma)
         x0 = self._denoised_at(x, output, sigma, sigma)
-        return {"x0": x0, "sample": formulas.euler(x, tensor("x0"), sigma, down) + up * noise}
+        return {"x0": x0, "prev_sample": formulas.euler(x, tensor("x0"), sigma, down) + up * noise}
 
     def step(
         self,

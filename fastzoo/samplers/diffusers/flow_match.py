@@ -131,9 +131,9 @@ class FlowMatchEulerDiscreteScheduler(
         sigma, next_sigma = self._levels[steps], self._levels[steps + 1]
         if self.config.stochastic_sampling:
             x0 = formulas.denoised("velocity", x, output, 1 - sigma, sigma)
-            return {"sample": (1 - next_sigma) * x0 + next_sigma * noise}
+            return {"prev_sample": (1 - next_sigma) * x0 + next_sigma * noise}
         # The derivative itself: an inverted flow begins at sigma = 0, where x0 has none.
-        return {"sample": x + (next_sigma - sigma) * output}
+        return {"prev_sample": x + (next_sigma - sigma) * output}
 
     def step(
         self,

@@ -81,7 +81,8 @@ def spaced(config: Any, n: int, *, whole: bool) -> numpy.ndarray:
 def sigma_to_t(sigmas: numpy.ndarray, training: numpy.ndarray) -> numpy.ndarray:
     """The timesteps of noise levels, by their logarithms' place between those of training."""
     logs = numpy.log(numpy.maximum(sigmas, _LEAST_SIGMA))
-    return numpy.interp(logs, numpy.log(training), numpy.arange(len(training)))
+    found: numpy.ndarray = numpy.interp(logs, numpy.log(training), numpy.arange(len(training)))
+    return found
 
 
 def check_conversion(config: Any) -> None:
