@@ -213,8 +213,8 @@ def dpm_solver(
     solver_type: str = "midpoint",
 ) -> Value:
     """DPM-Solver (Lu et al. 2022): :func:`dpm_solver_pp` with the noise eps, where that has x0, and
-    with derivatives of eps. With ``noise`` it is the SDE's, whose drift has eps twice. At sigma' = 0
-    it is alpha' x0, the limit of the first order; a higher one has none."""
+    with derivatives of eps. With ``noise`` it is the SDE's, whose drift has eps twice. At
+    sigma' = 0 it is alpha' x0, the limit of the first order; a higher one has none."""
     (alpha, sigma), (next_alpha, next_sigma) = alpha_sigma, next_alpha_sigma
     if numpy.all(numpy.asarray(next_sigma) == 0):
         return (next_alpha / alpha) * (x - sigma * eps)

@@ -153,14 +153,14 @@ class DPMSolverMultistepScheduler(Multistep, parent("DPMSolverMultistepScheduler
         drawn = noise if self._stochastic else None
         more = {"noise": drawn, "solver_type": self.config.solver_type}
         if self._of_noise:
-            sample = formulas.dpm_solver(x, value, here, there, first, second, **more)
+            prev_sample = formulas.dpm_solver(x, value, here, there, first, second, **more)
         else:
             more["eta"] = 1.0 if self._stochastic else 0.0
-            sample = formulas.dpm_solver_pp(x, value, here, there, first, second, **more)
+            prev_sample = formulas.dpm_solver_pp(x, value, here, there, first, second, **more)
         if drawn is not None:
             # A step without noise draws it too, as diffusers does: later draws are the same.
-            sample = sample + numpy.zeros(len(steps)) * drawn
-        return {**rows, "sample": sample}
+            prev_sample = prev_sample + numpy.zeros(len(steps)) * drawn
+        return {**rows, "prev_sample": prev_sample}
 
     def step(
         self,

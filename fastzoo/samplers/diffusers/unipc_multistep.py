@@ -1,7 +1,6 @@
 """UniPC (Zhao et al. 2023): a multistep predictor, corrected by what the model says at its end."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -41,7 +40,7 @@ class UniPCMultistepScheduler(Multistep, parent("UniPCMultistepScheduler")):  # 
         predict_x0: bool = True,
         solver_type: str = "bh2",
         lower_order_final: bool = True,
-        disable_corrector: Sequence[int] = (),
+        disable_corrector: list[int] = [],  # noqa: B006 - as diffusers has it
         solver_p: Any = None,
         use_karras_sigmas: bool = False,
         use_exponential_sigmas: bool = False,
@@ -175,10 +174,16 @@ class UniPCMultistepScheduler(Multistep, parent("UniPCMultistepScheduler")):  # 
                 solver_type=solver,
             )
             x = tensor("corrected")
-        rows["sample"] = formulas.unipc(
+        rows["prev_sample"] = formulas.unipc(
             x, value, here, there, earlier[: order - 1], of_noise=of_noise, solver_type=solver
         )
         return rows
+
+    def _of_one_kind(self, model_output: Tensor, sample: Tensor) -> tuple[str, Tensor, Tensor]:
+        """The next sample has this one's dtype, whatever the model's."""
+        if torch.float64 in (model_output.dtype, sample.dtype):
+            model_output = model_output.to(sample.dtype)
+        return "sample", model_output, sample
 
     def step(
         self,
