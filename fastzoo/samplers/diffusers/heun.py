@@ -97,11 +97,11 @@ class HeunDiscreteScheduler(VarianceExploding, parent("HeunDiscreteScheduler")):
         level, next_level = self._levels[steps], self._levels[steps + 1]
         x0 = self._denoised_at(x, output, level, level)
         if not second:
-            return {"x0": x0, "sample": formulas.euler(x, tensor("x0"), level, next_level)}
+            return {"x0": x0, "prev_sample": formulas.euler(x, tensor("x0"), level, next_level)}
         start, begin = tensor("start"), self._levels[steps - 1]
         slope = formulas.derivative(start, tensor("start_x0"), begin)
         slope = slope + formulas.derivative(x, tensor("x0"), level)
-        return {"x0": x0, "sample": start + ((level - begin) / 2) * slope}
+        return {"x0": x0, "prev_sample": start + ((level - begin) / 2) * slope}
 
     def step(
         self,
