@@ -78,7 +78,7 @@ class Problem:
         first, last = math.log(self.sigmas(1)[0].item()), math.log(1e-4)
         times = torch.tensor([first, last], dtype=torch.float64)
         y0 = self.start().double()
-        found: Tensor = odeint(slope, y0, times, rtol=1e-9, atol=1e-9)[-1]
+        found: Tensor = odeint(slope, y0, times, rtol=1e-7, atol=1e-7)[-1]
         return self.model(found, found.new_full((len(found),), 1e-4))
 
 
@@ -103,7 +103,7 @@ def mixture(samples: int = 600) -> Problem:
     return Problem(lambda n: karras_sigmas(n, 0.02, 10.0), model, (samples, 2))
 
 
-def digits(samples: int = 100) -> Problem:
+def digits(samples: int = 60) -> Problem:
     images = torch.from_numpy(load_digits().data) / 8 - 1
     sizes = images.square().sum(1)
 
