@@ -14,6 +14,7 @@ from examples import (
     glow_memory,
     nms_methods,
     pointconv_integral,
+    samplers,
     vqvae_digits,
 )
 from fastzoo import ops
@@ -206,3 +207,42 @@ def test_inverted_stacks_have_to_reach_their_figures() -> None:
     assert glow_memory.passed(rows(25, 1e-4))
     assert not glow_memory.passed(rows(26, 1e-4))
     assert not glow_memory.passed(rows(25, 2e-3))
+
+
+def test_samplers_come_nearer_with_more_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samplers, "STEPS", (5, 10, 50))
+    monkeypatch.setattr(samplers, "ODE", {"euler": "Euler", "heun": "Heun"})
+    monkeypatch.setattr(samplers, "SDE", {"euler_ancestral": "Euler ancestral"})
+    problem = samplers.mixture(40)
+    exact = problem.solution()
+    rows = samplers.measure(problem, exact)
+    assert samplers.passed(rows)
+    astray = [dataclasses.replace(rows[-1], method="heun", error=1.0)]
+    assert not samplers.passed(rows + astray)
+    # Noise that differs leaves the solution, and not the distribution.
+    noisy = rows[-1]
+    assert noisy.method == "euler_ancestral"
+    assert noisy.error > 1 > 3 * noisy.distance
+    assert samplers.same_in_any_batch(problem, "euler_ancestral")
+    output = tmp_path / "samplers.png"
+    samplers.draw_points(rows, exact, output)
+    assert output.stat().st_size > 10_000
+
+
+def test_a_sampler_of_digits_ends_at_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samplers, "STEPS", (5, 20))
+    monkeypatch.setattr(samplers, "ODE", {"euler": "Euler", "dpmpp_2m": "DPM++ 2M"})
+    monkeypatch.setattr(samplers, "SDE", {})
+    problem = samplers.digits(6)
+    exact = problem.solution()
+    images = torch.from_numpy(samplers.load_digits().data) / 8 - 1
+    assert torch.cdist(exact, images).amin(1).max() < 1e-3
+    rows = samplers.measure(problem, exact)
+    assert rows[-1].distance < rows[0].distance
+    output = tmp_path / "samplers.png"
+    samplers.draw_digits(rows, exact, output)
+    assert output.stat().st_size > 5_000
