@@ -3,6 +3,7 @@ a Gaussian mixture whose denoiser is known, and the law of what the stochastic o
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy
@@ -20,9 +21,8 @@ theirs = k_diffusion_sampling()
 CHURN = {"s_churn": 3.0, "s_tmin": 0.1, "s_tmax": 9.0, "s_noise": 1.01}
 ETA = {"eta": 0.7, "s_noise": 1.01}
 # What has no noise without an option that says so.
-DETERMINISTIC = (
-    "euler heun dpm_2 lms plms dpmpp_2s dpmpp_2m dpmpp_3m ddim unipc midpoint rk4 runge_kutta"
-).split()
+DETERMINISTIC = {"euler", "heun", "dpm_2", "lms", "plms", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m"}
+DETERMINISTIC |= {"ddim", "unipc", "midpoint", "rk4", "runge_kutta"}
 STOCHASTIC = [name for name in METHODS if name not in DETERMINISTIC]
 
 
@@ -139,7 +139,7 @@ def test_ddim_is_song_s_loop(eta: float) -> None:
     x, sigmas = start(2, 6), schedules.karras_sigmas(9, 0.02, 15)
     noise, ours = Noise(x.shape), Noise(x.shape)
     state = x * vp(15)[0]
-    for sigma, next_sigma in zip(sigmas.tolist()[:-1], sigmas.tolist()[1:], strict=True):
+    for sigma, next_sigma in pairwise(sigmas.tolist()):
         (a, s), (b, t) = vp(sigma), vp(next_sigma)
         x0 = denoiser(state / a, torch.full((2,), sigma, dtype=torch.float64))
         eps = (state - a * x0) / s
@@ -174,7 +174,7 @@ def test_plms_is_liu_s_loop() -> None:
         return (at - denoiser(at, torch.full((2,), sigma, dtype=torch.float64))) / sigma
 
     state, slopes = x, list[Tensor]()
-    for sigma, end in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, end in pairwise(sigmas):
         h, middle = end - sigma, (sigma + end) / 2
         slopes.append(slope(state, sigma))
         if len(slopes) < 4:
@@ -261,7 +261,7 @@ def exact() -> tuple[Tensor, Tensor]:
 def orders(exact: tuple[Tensor, Tensor], method: str, *steps: int, **options: Any) -> list[float]:
     x, right = exact
     errors = [float((along(x, method, n, **options) - right).norm()) for n in steps]
-    return [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
+    return [math.log2(a / b) for a, b in pairwise(errors)]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_order_on_a_rectified_flow(method: str, order: float) -> None:
         - right
         for n in (80, 160, 320)
     ]
-    found = [math.log2(a.norm() / b.norm()) for a, b in zip(errors, errors[1:], strict=False)]
+    found = [math.log2(a.norm() / b.norm()) for a, b in pairwise(errors)]
     assert found == pytest.approx([order] * 2, abs=0.15)
 
 
