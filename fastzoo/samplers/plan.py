@@ -170,13 +170,13 @@ class Trace:
             if reports or x.noisy:
                 # One kernel draws one noise.
                 x = self._materialised(x)
-            generator, start, evaluations = function(x, step, **options), x, 0
+            generator, evaluations = function(x, step, **options), 0
             try:
                 wanted, sigma = next(generator)
                 while True:
                     at, value = self._evaluated(wanted, sigma, fresh=evaluations == 0)
                     if reports and evaluations == 0:
-                        self._report(step, sigma, start, value)
+                        self._report(step, sigma, at, value)
                     evaluations += 1
                     wanted, sigma = generator.send((at, value))
             except StopIteration as end:
@@ -251,11 +251,9 @@ class Trace:
         self._states.add(name)
         return tensor(name)
 
-    def _report(
-        self, step: Step, sigma: Coefficient, start: Combination, value: Combination
-    ) -> None:
+    def _report(self, step: Step, sigma: Coefficient, x: Combination, value: Combination) -> None:
         shown = self._name_of(self._materialised(value))
-        self.instructions.append(Report(step.index, step.sigma, sigma, self._name_of(start), shown))
+        self.instructions.append(Report(step.index, step.sigma, sigma, self._name_of(x), shown))
 
     def _name(self, kind: str) -> str:
         self._names += 1
