@@ -169,7 +169,7 @@ class Trace:
         x, memory = tensor("x"), dict[str, Any]()
         for index in range(len(self.sigmas) - 1):
             step = Step(self, index, memory)
-            if reports or x.noisy:
+            if x.noisy:
                 # One kernel draws one noise.
                 x = self._materialised(x)
             generator, evaluations = function(x, step, **options), 0
