@@ -146,8 +146,9 @@ def test_ddim_is_song_s_loop(eta: float) -> None:
         std = eta * math.sqrt(t**2 / s**2 * (1 - a**2 / b**2))
         state = b * x0 + math.sqrt(t**2 - std**2) * eps
         if std:
-            state = state + std * noise(0, 0)
-    near(samplers.sample(denoiser, x, sigmas, "ddim", noise_sampler=ours, eta=eta), state)
+            state = state + 1.02 * std * noise(0, 0)
+    options = {"eta": eta, "s_noise": 1.02}
+    near(samplers.sample(denoiser, x, sigmas, "ddim", noise_sampler=ours, **options), state)
 
 
 def test_ddpm_is_ho_s_loop() -> None:
@@ -163,8 +164,9 @@ def test_ddpm_is_ho_s_loop() -> None:
         eps = (state - math.sqrt(bar[t]) * x0) / math.sqrt(1 - bar[t])
         state = (state - beta / math.sqrt(1 - bar[t]) * eps) / math.sqrt(alpha)
         if t:
-            state = state + math.sqrt(beta * (1 - before) / (1 - bar[t])) * noise(0, 0)
-    near(samplers.sample(denoiser, x, sigmas, "ddpm", noise_sampler=ours), state)
+            state = state + 1.02 * math.sqrt(beta * (1 - before) / (1 - bar[t])) * noise(0, 0)
+    found = samplers.sample(denoiser, x, sigmas, "ddpm", noise_sampler=ours, s_noise=1.02)
+    near(found, state)
 
 
 def test_plms_is_liu_s_loop() -> None:

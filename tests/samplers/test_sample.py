@@ -194,14 +194,20 @@ def test_a_schedule_of_each_sample() -> None:
 
 
 def test_the_callback_sees_what_k_diffusions_does() -> None:
-    seen: list[dict[str, Any]] = []
+    seen, states = list[dict[str, Any]](), list[Tensor]()
     x = latents()
-    found = samplers.sample(denoiser, x, SIGMAS, "heun", None, seen.append, s_churn=2.0, seeds=1)
+
+    def model(x: Tensor, sigma: Tensor) -> Tensor:
+        states.append(x)
+        return denoiser(x, sigma)
+
+    found = samplers.sample(model, x, SIGMAS, "heun", None, seen.append, s_churn=2.0, seeds=1)
     assert torch.equal(found, samplers.sample(denoiser, x, SIGMAS, "heun", s_churn=2.0, seeds=1))
     assert [entry["i"] for entry in seen] == [0, 1, 2, 3, 4]
     assert [entry["sigma"] for entry in seen] == SIGMAS[:-1]
     assert all(entry["sigma_hat"] > entry["sigma"] for entry in seen)
-    assert torch.equal(seen[0]["x"], x)
+    # After the churn, as the model does.
+    assert all(torch.equal(entry["x"], at) for entry, at in zip(seen, states[::2], strict=True))
     assert torch.equal(seen[-1]["denoised"], found)
 
 
