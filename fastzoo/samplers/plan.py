@@ -33,6 +33,8 @@ Method: TypeAlias = Callable[..., Evaluation]
 
 METHODS: dict[str, Method] = {}
 _DRAWS = 2
+# Above the draws of noise, so that each kernel of a run rounds by words of its own.
+_FIRST_ROUNDING = 1 << 30
 
 
 def method(function: Method) -> Method:
@@ -167,7 +169,7 @@ class Trace:
         x, memory = tensor("x"), dict[str, Any]()
         for index in range(len(self.sigmas) - 1):
             step = Step(self, index, memory)
-            if reports or x.noisy:
+            if x.noisy:
                 # One kernel draws one noise.
                 x = self._materialised(x)
             generator, evaluations = function(x, step, **options), 0
@@ -244,7 +246,8 @@ class Trace:
         scaled = [o for o in self._outputs if o in terms] if self._factor else []
         # The first tensor has the state's dtype: one that is read if there is one.
         like = next((t for t in terms if t in self._states), self._state)
-        program = Program(rows, like, keep=kept, scaled=scaled)
+        draw = _FIRST_ROUNDING + len(self.instructions)
+        program = Program(rows, like, keep=kept, scaled=scaled, draw=draw)
         factor = self._factor if scaled else None
         self.instructions.append(Compute(program, (name, *kept), factor))
         self._pending, self._factor, self._state = {}, None, name
