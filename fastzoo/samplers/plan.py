@@ -186,6 +186,11 @@ class Trace:
         self.result = self._name_of(self._materialised(x))
 
     def noise(self, number: int, sigma: Coefficient, next_sigma: Coefficient) -> Combination:
+        if self._prediction == "velocity":
+            raise ValueError(
+                "prediction: a rectified flow takes a method that draws no noise; the amounts of "
+                "these are for data left unscaled"
+            )
         if self._counter:
             return noise(number)
         name = self._name("noise")

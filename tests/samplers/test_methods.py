@@ -536,6 +536,14 @@ def test_errors_name_the_option(name: str, options: dict[str, Any], message: str
         samplers.Sampler([2.0, 1.0], name, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in STOCHASTIC), ("heun", {"s_churn": 1.0})]
+)
+def test_noise_is_not_for_flows(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="draws no noise"):
+        samplers.Sampler([1.0, 0.5, 0.0], name, prediction="velocity", **options)
+
+
 def test_lagrange_weights_are_exact() -> None:
     """Against the integrals of the polynomials' coefficients."""
     from fastzoo.samplers.methods import _lagrange_integrals
