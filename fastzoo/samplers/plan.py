@@ -184,6 +184,7 @@ class Trace:
             except StopIteration as end:
                 x = end.value
         self.result = self._name_of(self._materialised(x))
+        self._leave_unread()
 
     def noise(self, number: int, sigma: Coefficient, next_sigma: Coefficient) -> Combination:
         if self._prediction == "velocity":
@@ -258,6 +259,21 @@ class Trace:
         self._pending, self._factor, self._state = {}, None, name
         self._states.add(name)
         return tensor(name)
+
+    def _leave_unread(self) -> None:
+        """Rows that were to be kept, and that nothing reads, are not written."""
+        read = {self.result}
+        for i, instruction in reversed(list(enumerate(self.instructions))):
+            if isinstance(instruction, Compute):
+                name, *kept = instruction.results
+                kept = [row for row in kept if row in read]
+                instruction.program.keep_only(kept)
+                self.instructions[i] = dataclasses.replace(instruction, results=(name, *kept))
+                read.update(instruction.program.inputs)
+            elif isinstance(instruction, Evaluate):
+                read.add(instruction.x)
+            elif isinstance(instruction, Report):
+                read.update((instruction.x, instruction.denoised))
 
     def _report(self, step: Step, sigma: Coefficient, x: Combination, value: Combination) -> None:
         shown = self._name_of(self._materialised(value))

@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastzoo import samplers
 from fastzoo.samplers import schedules
@@ -518,6 +519,42 @@ def test_predictions_and_guidance_change_nothing(name: str) -> None:
     )
     near(halves, run(lambda x, sigma: denoiser(x, sigma, 0.4 + 3 * (0.2 - 0.4))))
     assert bool(right.isfinite().all())
+
+
+class Written(TorchDispatchMode):
+    """How many tensors the steps of a run write."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.name().startswith("fastzoo::ode_step"):
+            self.count += sum(t.numel() > 0 for t in out)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kept"),
+    [
+        ("euler", {"guidance_scale": 2.0}, 0),
+        ("euler_ancestral", {"guidance_scale": 2.0}, 0),
+        # Each step's denoised but the last two's: there are no derivatives at the end.
+        ("dpmpp_2m", {"prediction": "epsilon"}, 3),
+        ("dpmpp_2m", {}, 0),
+        ("lms", {}, 4),
+    ],
+)
+def test_a_step_writes_what_a_later_one_reads(
+    name: str, settings: dict[str, Any], kept: int
+) -> None:
+    def model(x: Tensor, sigma: Tensor) -> Any:
+        return (x, x / 2) if "guidance_scale" in settings else x
+
+    with Written() as written:
+        samplers.sample(model, start(2, 5), schedules.karras_sigmas(5), name, **settings)
+    # A last step that is the model's answer itself needs no kernel.
+    answer = name == "dpmpp_2m" and not settings
+    assert written.count == 5 - answer + kept
 
 
 @pytest.mark.parametrize(
