@@ -81,7 +81,7 @@ FASTZOO_INLINE Number<T> spread(const Place& at, const StepNumbers& numbers, T* 
 template <class T>
 struct alignas(kVectorBytes) Sources {
   const void* data[kStepTensors];
-  char rests[kStepTensors][kBlock<T> * sizeof(T)];
+  char rests[math::kStepBound][kBlock<T> * sizeof(T)];
 
   template <class Block>
   __attribute__((always_inline)) void over_blocks(const StepTensor (&tensors)[kStepTensors],
@@ -114,8 +114,8 @@ struct alignas(kVectorBytes) Sources {
 
 template <class T>
 struct Term {
-  int tensor;     // which, or kStepTensors
-  const T* data;  // of a tile, where it is no tensor
+  int tensor;        // which, or kStepTensors
+  const void* data;  // of the tile
   Dtype dtype;
   Number<T> weight;
   bool scaled;  // by the factors of the elements
@@ -125,13 +125,25 @@ template <class T>
 struct Row {
   Term<T> terms[math::kStepBound];
   int count;
-  Number<T> bound;
-  bool bounded;
+  bool plain;  // whether all weights are the same for all elements
   bool noisy;
+  bool bounded, divided;
+  Number<T> bound, factor;
 
   __attribute__((always_inline)) void add(const Term<T>& term) {
-    if (!term.weight.is(T(0))) terms[count++] = term;
+    if (term.weight.is(T(0))) return;
+    plain = plain && term.weight.each == nullptr && !term.scaled;
+    terms[count++] = term;
   }
+};
+
+// Where a row's values go: each that is not nullptr.
+template <class Element, class T>
+struct Target {
+  T* values;
+  Element* elements;
+  const uint32_t* words;  // that round the elements
+  bool streams;
 };
 
 template <class Element>
@@ -156,7 +168,6 @@ struct OdeStep {
   StepTiles tiles;
   Scratch& scratch;
   Row<T> rows[math::kStepRows];
-  Number<T> factor, threshold;
   int64_t prepared = -1;  // the sample that the numbers are of, where it is one
 
   __attribute__((always_inline)) OdeStep(const OdeStepArgs& args, Scratch& scratch)
@@ -190,13 +201,15 @@ struct OdeStep {
   void prepare(const Place& at) {
     constexpr T kInfinity = static_cast<T>(__builtin_inf());
     constexpr Dtype kCompute = std::is_same_v<T, double> ? Dtype::float64 : Dtype::float32;
-    factor = {T(1), nullptr};
+    Number<T> factor{T(1), nullptr}, threshold;
     if (args.factor.data != nullptr) factor = spread(at, args.factor, scratch.factor);
     if (args.threshold.data != nullptr) threshold = spread(at, args.threshold, scratch.threshold);
     for (int r = 0; r < args.rows; ++r) {
       Row<T>& row = rows[r];
       const bool last = r + 1 == args.rows;
       row.count = 0;
+      row.plain = true;
+      row.factor = factor;
       for (int k = 0; k < kStepTensors; ++k) {
         if (args.tensors[k].data == nullptr) continue;
         Term<T> term{k, nullptr, args.tensors[k].dtype, table_number(at, r, k),
@@ -217,8 +230,14 @@ struct OdeStep {
         row.add({kStepTensors, noise(), kCompute, weight, false});
       }
       row.noisy = row.count > before;
-      row.bound = last ? Number<T>{kInfinity, nullptr} : table_number(at, r, math::kStepBound);
-      row.bounded = !row.bound.is(kInfinity);
+      row.divided = r == 0 && !last && args.threshold.data != nullptr;
+      row.bound = {kInfinity, nullptr};
+      if (row.divided) {
+        row.bound = threshold;
+      } else if (!last) {
+        row.bound = table_number(at, r, math::kStepBound);
+      }
+      row.bounded = row.divided || !row.bound.is(kInfinity);
     }
   }
 
@@ -256,70 +275,131 @@ struct OdeStep {
     const bool stochastic = kRounds && args.stochastic;
     if (stochastic) random(at, math::kRoundingDraw, scratch.words);
     const int64_t first = at.sample * args.size + at.begin;
-    Element* const out = static_cast<Element*>(args.out) + first;
-    const bool streams =
-        args.streams && !kRounds && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
-    scratch.sources.over_blocks(
-        args.tensors, first, at.count(), [&](int64_t i, int64_t offset, int64_t count) {
-          Block sum;
-          for (int r = 0; r < last; ++r) {
-            sum_row(r, i, offset, sum);
-#pragma GCC unroll 8
-            for (int j = 0; j < kBlockVectors; ++j)
-              sum[j].store(scratch.values[r] + i + j * V::size);
-            if (args.kept[r] == nullptr) continue;
-            put(sum, static_cast<Element*>(args.kept[r]) + first + i, count);
-          }
-          sum_row(last, i, offset, sum);
-          if (stochastic) {
-            put_rounded(sum, i, out + i, count);
-          } else if (streams && count == kBlock<T>) {
-            stream_block(sum, out + i);
-          } else {
-            put(sum, out + i, count);
-          }
-        });
+    for (int r = 0; r <= last; ++r) {
+      void* const to = r == last ? args.out : args.kept[r];
+      Target<Element, T> target{};
+      if (to != nullptr) target.elements = static_cast<Element*>(to) + first;
+      if (r < last) {
+        target.values = scratch.values[r];
+      } else {
+        if (stochastic) target.words = scratch.words;
+        target.streams = args.streams && !kRounds &&
+                         reinterpret_cast<uintptr_t>(target.elements) % kVectorBytes == 0;
+      }
+      row_of_tile(rows[r], first, at.count(), target);
+    }
   }
 
-  __attribute__((always_inline)) void sum_row(int r, int64_t i, int64_t offset, Block& sum) const {
-    const Row<T>& row = rows[r];
+  void row_of_tile(Row<T>& row, int64_t first, int64_t count, const Target<Element, T>& target) {
+    for (int k = 0; k < row.count; ++k) {
+      Term<T>& term = row.terms[k];
+      if (term.tensor == kStepTensors) continue;
+      with_element_of<T>(term.dtype, [&](auto element) {
+        term.data = static_cast<const decltype(element)*>(args.tensors[term.tensor].data) + first;
+      });
+    }
+    const int64_t whole = count / kBlock<T> * kBlock<T>;
+    if (whole > 0) (row.plain ? blocks<true> : blocks<false>)(row, whole, target);
+    if (whole == count) return;
+    Row<T> rest = row;
+    for (int k = 0; k < rest.count; ++k) {
+      Term<T>& term = rest.terms[k];
+      with_element_of<T>(term.dtype, [&](auto element) {
+        using Stored = decltype(element);
+        char* const room = scratch.sources.rests[k];
+        copy_few<kBlock<T> * sizeof(T)>(static_cast<const Stored*>(term.data) + whole, room,
+                                        (count - whole) * sizeof(Stored));
+        term.data = room;
+      });
+    }
+    Block sum;
+    sum_block<false>(rest, whole, 0, sum);
+    put(sum, whole, count - whole, target);
+  }
+
+  // Of a copy of the row, which no store can be thought to change.
+  template <bool kPlain>
+  __attribute__((noinline)) static void blocks(const Row<T>& row_of, int64_t count,
+                                               const Target<Element, T>& target_of) {
+    const Row<T> row = row_of;
+    const Target<Element, T> target = target_of;
+    for (int64_t i = 0; i < count; i += kBlock<T>) {
+      Block sum;
+      sum_block<kPlain>(row, i, i, sum);
+      put(sum, i, kBlock<T>, target);
+    }
+  }
+
+  // Of the elements from i on, which the terms' data have from `offset` on.
+  template <bool kPlain>
+  FASTZOO_INLINE void sum_block(const Row<T>& row, int64_t i, int64_t offset, Block& sum) {
 #pragma GCC unroll 8
     for (int j = 0; j < kBlockVectors; ++j) sum[j] = V(T(0));
     for (int k = 0; k < row.count; ++k) {
       const Term<T>& term = row.terms[k];
-      const bool is_tensor = term.tensor < kStepTensors;
-      const void* const data = is_tensor ? scratch.sources.data[term.tensor] : term.data;
       with_element_of<T>(term.dtype, [&](auto element) {
-        add(term, static_cast<const decltype(element)*>(data) + (is_tensor ? offset : i), i, sum);
+        const auto* const x = static_cast<const decltype(element)*>(term.data) + offset;
+        if constexpr (kPlain) {
+          add_same(term, x, sum);
+        } else {
+          add_each(term, row.factor, x, i, sum);
+        }
       });
     }
-    if (r == 0 && args.threshold.data != nullptr) {
-      for (int j = 0; j < kBlockVectors; ++j) {
-        sum[j] = math::thresholded(sum[j], threshold.at(i + j * V::size));
-      }
-    } else if (row.bounded) {
-      for (int j = 0; j < kBlockVectors; ++j) {
-        sum[j] = math::clamp_to(sum[j], row.bound.at(i + j * V::size));
-      }
+    if (!row.bounded) return;
+    for (int j = 0; j < kBlockVectors; ++j) {
+      const V bound = row.bound.at(i + j * V::size);
+      sum[j] = row.divided ? math::thresholded(sum[j], bound) : math::clamp_to(sum[j], bound);
     }
   }
 
   template <class Stored>
-  __attribute__((always_inline)) void add(const Term<T>& term, const Stored* x, int64_t i,
-                                          Block& sum) const {
-    const Number<T> weight = term.weight;
-    if (weight.each == nullptr && !term.scaled) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kBlockVectors; ++j) {
-        sum[j] = fused_multiply_add(V(weight.value), load_wide(x + j * V::size), sum[j]);
-      }
-      return;
-    }
-    const Number<T> scale = term.scaled ? factor : Number<T>{T(1), nullptr};
+  FASTZOO_INLINE void add_same(const Term<T>& term, const Stored* x, Block& sum) {
+    const V weight(term.weight.value);
 #pragma GCC unroll 8
     for (int j = 0; j < kBlockVectors; ++j) {
-      const int64_t at = i + j * V::size;
-      sum[j] = math::add_weighted(weight.at(at) * scale.at(at), load_wide(x + j * V::size), sum[j]);
+      sum[j] = fused_multiply_add(weight, load_wide(x + j * V::size), sum[j]);
+    }
+  }
+
+  template <class Stored>
+  FASTZOO_INLINE void add_each(const Term<T>& term, const Number<T>& factor, const Stored* x,
+                               int64_t i, Block& sum) {
+    Block weights;
+#pragma GCC unroll 8
+    for (V& weight : weights) weight = V(term.weight.value);
+    if (term.weight.each != nullptr) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kBlockVectors; ++j) {
+        weights[j] = V::load(term.weight.each + i + j * V::size);
+      }
+    }
+    if (term.scaled) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kBlockVectors; ++j) {
+        weights[j] = weights[j] * factor.at(i + j * V::size);
+      }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < kBlockVectors; ++j) {
+      sum[j] = math::add_weighted(weights[j], load_wide(x + j * V::size), sum[j]);
+    }
+  }
+
+  FASTZOO_INLINE void put(const Block& sum, int64_t i, int64_t count,
+                          const Target<Element, T>& target) {
+    if (target.values != nullptr) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kBlockVectors; ++j) sum[j].store(target.values + i + j * V::size);
+    }
+    if (target.elements == nullptr) return;
+    Element* const to = target.elements + i;
+    if (target.words != nullptr) {
+      put_rounded(sum, target.words + i, to, count);
+    } else if (target.streams && count == kBlock<T>) {
+      stream_block(sum, to);
+    } else {
+      put(sum, to, count);
     }
   }
 
@@ -341,14 +421,14 @@ struct OdeStep {
     }
   }
 
-  __attribute__((always_inline)) void put_rounded(const Block& values, int64_t i, Element* to,
-                                                  int64_t count) const {
+  FASTZOO_INLINE void put_rounded(const Block& values, const uint32_t* words, Element* to,
+                                  int64_t count) {
     if constexpr (kRounds) {
       Element stored[kBlock<T>];
       for (int j = 0; j < kBlockVectors; ++j) {
         Element* const own = stored + j * V::size;
         store_narrow(values[j], own);
-        const Words word = Words::load(scratch.words + i + j * V::size);
+        const Words word = Words::load(words + j * V::size);
         const Words nearest = Words::load_lower(&own->bits);
         if constexpr (std::is_same_v<Element, Half>) {
           math::stochastic_half(values[j], word, nearest).store_lower(&own->bits);
