@@ -210,7 +210,9 @@ class _Adaptive:
                 steps += 1
             states.append(self._evaluate(target))
         if not bool(self.y.isfinite().all()):
-            raise self._stopped(NonFiniteDerivative, states, f"the state overflows before {self._at()}")
+            raise self._stopped(
+                NonFiniteDerivative, states, f"the state overflows before {self._at()}"
+            )
         return states
 
     def _first_step(self) -> float:

@@ -72,8 +72,9 @@ def integrate_per_sample(
             ratio = norm.squares(y, end, [k[j] for j in used], weights, factor).sqrt()
             forced = (h <= options.min_step) & ~ratio.isnan()
             accepted = active & ~stuck & ((ratio <= 1) | forced)
-            before, reached = reached, torch.where(
-                accepted, torch.searchsorted(targets, ends, right=True), reached
+            before, reached = (
+                reached,
+                torch.where(accepted, torch.searchsorted(targets, ends, right=True), reached),
             )
             lowest = torch.where(accepted, before, count).amin()
             read = torch.stack([lowest, reached.amax(), (reached < count).any(), stuck.any()])

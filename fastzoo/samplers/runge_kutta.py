@@ -242,9 +242,7 @@ class DenseOutput:
             torch.from_numpy(array).to(device) for array in (self._table, self._powers)
         )
 
-    def __call__(
-        self, x: float | Tensor, y: Tensor, k: Sequence[Tensor], factor: Tensor
-    ) -> Tensor:
+    def __call__(self, x: float | Tensor, y: Tensor, k: Sequence[Tensor], factor: Tensor) -> Tensor:
         """``x`` a number, or float64 ``[B]`` on the device for as many rows."""
         count = len(self._sum.stages)
         if isinstance(x, Tensor):
@@ -279,7 +277,9 @@ class ErrorNorm:
 
     def __init__(self, layout: Layout, rtol: Any, atol: Any, norm: Any) -> None:
         self._layout = layout
-        tolerances = [_each(name, value, layout) for name, value in (("rtol", rtol), ("atol", atol))]
+        tolerances = [
+            _each(name, value, layout) for name, value in (("rtol", rtol), ("atol", atol))
+        ]
         self.least_rtol = min(float(torch.as_tensor(one).min()) for one in tolerances[0])
         parts = len(layout.parts)
         if isinstance(norm, LeadingParts):
@@ -302,9 +302,11 @@ class ErrorNorm:
             return self._general(y0, y1, k, weights, factor)
         found = [
             ops.step_error(
-                *((y0, y1, k) if end - begin == y0.shape[1] else (
-                    y0[:, begin:end], y1[:, begin:end], [each[:, begin:end] for each in k]
-                )),
+                *(
+                    (y0, y1, k)
+                    if end - begin == y0.shape[1]
+                    else (y0[:, begin:end], y1[:, begin:end], [each[:, begin:end] for each in k])
+                ),
                 weights,
                 factor,
                 rtol,

@@ -1,5 +1,6 @@
 """Whole runs beside diffusers' own schedulers, computed in float64 throughout."""
 
+import functools
 import importlib
 import inspect
 import sys
@@ -469,6 +470,21 @@ def test_gradients_reach_the_model() -> None:
     of_x0 = -((1 - a) / a).sqrt()
     expected = of_x0 * (b.sqrt() + 1) + (1 - b).sqrt()
     torch.testing.assert_close(out.grad, expected.expand_as(x), rtol=1e-10, atol=0)
+
+
+def test_x0_is_computed_when_read() -> None:
+    x = initial(torch.float32)
+    out = model(x, 0)
+    for options in ({"eta": 0.5, "seeds": 3}, {}):
+        step = functools.partial(ready("DDIMScheduler", **DYNAMIC).step, out, 800, **options)
+        found, both = step(x), step(x, return_dict=False)
+        assert torch.equal(found.pred_original_sample, both[1])
+        assert torch.equal(found.prev_sample, both[0])
+        late = step(x)
+        x.add_(0.5)
+        with pytest.raises(RuntimeError, match="changed in place since"):
+            late.to_tuple()
+        assert torch.equal(found[1], both[1])
 
 
 def test_outputs_read_as_diffusers() -> None:
