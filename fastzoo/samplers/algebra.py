@@ -90,6 +90,7 @@ class Program:
         keep: the names of the rows before the last one that are results too.
         bounds: rows before the last one that are clamped to ``[-bound, bound]``.
         scaled: tensors whose coefficients the call multiplies by ``factor``.
+        draw: where there is no noise, the number of the draw by which a call may round.
 
     Raises:
         ValueError: more than eight tensors, noise but for one in the last row, a coefficient that
@@ -104,6 +105,7 @@ class Program:
         keep: Iterable[str] = (),
         bounds: Mapping[str, float] | None = None,
         scaled: Iterable[str] = (),
+        draw: int = 0,
     ) -> None:
         names = list(rows)
         inputs = [like]
@@ -124,6 +126,7 @@ class Program:
         sizes = {numpy.size(value) for row in rows.values() for value in row.terms.values()} | {1}
         table = numpy.zeros((max(sizes), len(names), _WIDTH))
         table[:, :, _BOUND] = numpy.inf
+        table[:, -1, _DRAW] = draw
         for r, (name, row) in enumerate(rows.items()):
             for term, value in row.terms.items():
                 if not numpy.isfinite(value).all():

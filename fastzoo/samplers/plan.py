@@ -33,6 +33,8 @@ Method: TypeAlias = Callable[..., Evaluation]
 
 METHODS: dict[str, Method] = {}
 _DRAWS = 2
+# Above the draws of noise, so that each kernel of a run rounds by words of its own.
+_FIRST_ROUNDING = 1 << 30
 
 
 def method(function: Method) -> Method:
@@ -167,16 +169,16 @@ class Trace:
         x, memory = tensor("x"), dict[str, Any]()
         for index in range(len(self.sigmas) - 1):
             step = Step(self, index, memory)
-            if reports or x.noisy:
+            if x.noisy:
                 # One kernel draws one noise.
                 x = self._materialised(x)
-            generator, start, evaluations = function(x, step, **options), x, 0
+            generator, evaluations = function(x, step, **options), 0
             try:
                 wanted, sigma = next(generator)
                 while True:
                     at, value = self._evaluated(wanted, sigma, fresh=evaluations == 0)
                     if reports and evaluations == 0:
-                        self._report(step, sigma, start, value)
+                        self._report(step, sigma, at, value)
                     evaluations += 1
                     wanted, sigma = generator.send((at, value))
             except StopIteration as end:
@@ -244,18 +246,17 @@ class Trace:
         scaled = [o for o in self._outputs if o in terms] if self._factor else []
         # The first tensor has the state's dtype: one that is read if there is one.
         like = next((t for t in terms if t in self._states), self._state)
-        program = Program(rows, like, keep=kept, scaled=scaled)
+        draw = _FIRST_ROUNDING + len(self.instructions)
+        program = Program(rows, like, keep=kept, scaled=scaled, draw=draw)
         factor = self._factor if scaled else None
         self.instructions.append(Compute(program, (name, *kept), factor))
         self._pending, self._factor, self._state = {}, None, name
         self._states.add(name)
         return tensor(name)
 
-    def _report(
-        self, step: Step, sigma: Coefficient, start: Combination, value: Combination
-    ) -> None:
+    def _report(self, step: Step, sigma: Coefficient, x: Combination, value: Combination) -> None:
         shown = self._name_of(self._materialised(value))
-        self.instructions.append(Report(step.index, step.sigma, sigma, self._name_of(start), shown))
+        self.instructions.append(Report(step.index, step.sigma, sigma, self._name_of(x), shown))
 
     def _name(self, kind: str) -> str:
         self._names += 1
