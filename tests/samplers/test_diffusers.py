@@ -272,6 +272,42 @@ def test_runs_end() -> None:
         scheduler.step(x, scheduler.timesteps[-1], x)
 
 
+class OnDevice(Tensor):
+    """Stands for a tensor of a GPU, whose values one does not read without waiting for it."""
+
+    is_cpu = False
+
+    def item(self) -> Any:
+        raise AssertionError("read a value on a device")
+
+    tolist = __bool__ = __float__ = __int__ = __index__ = item
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("copies", [False, True])
+def test_no_timestep_on_a_device_is_read(name: str, copies: bool) -> None:
+    x = initial(torch.float32)
+    expected = ready(name, 6)
+    found = ready(name, 6)
+    seeds = {} if name.startswith("Flow") else {"seeds": 4}
+    found.timesteps = found._shown_timesteps = found.timesteps.as_subclass(OnDevice)
+    if copies:
+        # No part of the scheduler's own timesteps, so that only their order tells.
+        found.set_begin_index(2)
+    y = x
+    for i in range(2, 6):
+        t = expected.timesteps[i]
+        on_device = found.timesteps[i]
+        if copies:
+            on_device = on_device.as_subclass(Tensor).clone().as_subclass(OnDevice)
+        for scheduler in (expected, found):
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t if scheduler is expected else on_device)
+        x = expected.step(model(x, i), t, x, **seeds).prev_sample
+        y = found.step(model(y, i), on_device, y, **seeds).prev_sample
+    assert torch.equal(x, y)
+
+
 def test_assigned_levels_are_taken() -> None:
     scheduler = ready("EulerDiscreteScheduler", 4)
     scheduler.sigmas = scheduler.sigmas / 2
