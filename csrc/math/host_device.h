@@ -71,6 +71,8 @@ FASTZOO_HD double square_root(double a) { return ::sqrt(a); }
 
 FASTZOO_HD bool is_nan(float a) { return a != a; }
 FASTZOO_HD bool is_nan(double a) { return a != a; }
+FASTZOO_HD bool is_zero(float a) { return a == 0; }
+FASTZOO_HD bool is_zero(double a) { return a == 0; }
 
 FASTZOO_HD constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
