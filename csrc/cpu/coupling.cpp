@@ -11,9 +11,6 @@
 namespace fastzoo {
 namespace {
 
-// What is written goes past the caches where all that is read and written is more than they hold.
-constexpr int64_t kStreamedBytes = int64_t{32} << 20;
-
 struct CouplingInputs {
   Tensor x, shift, scale, mask;
   ScalarType dtype;

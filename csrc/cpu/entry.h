@@ -31,6 +31,9 @@ inline cpu::Dtype kernel_dtype(ScalarType dtype, const char* op) {
 
 constexpr int64_t kElementsWorthAThread = 32768;
 
+// What is written goes past the caches where all that is read and written is more than they hold.
+constexpr int64_t kStreamedBytes = int64_t{32} << 20;
+
 inline int64_t element_size(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }

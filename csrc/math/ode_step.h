@@ -44,8 +44,8 @@ template <class F, class W>
 FASTZOO_HD W stochastic_bfloat16(F value, W word, W nearest) {
   const W bits = bits_of(value), magnitude = bits & W(0x7fffffffu);
   const W rounded = (bits + (word & W(0xffffu))) >> 16;
-  const W is_nan = (W(0x7f800000u) - magnitude) & W(0x80000000u);
-  return select_nonzero(is_nan, nearest, rounded);
+  const W beyond_infinity = (W(0x7f800000u) - magnitude) & W(0x80000000u);
+  return select_nonzero(beyond_infinity, nearest, rounded);
 }
 
 template <class F, class W>

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastzoo import reference
-from fastzoo.ops._checks import check_count, check_floating, check_tensor
+from fastzoo.ops._checks import check_count, check_floating, check_same, check_tensor
 from fastzoo.ops._operator import Operator
 from fastzoo.reference.ode_step import ROWS, TENSORS, WIDTH, given
 from fastzoo.reference.precision import compute_dtype
@@ -36,7 +36,7 @@ def _setup_ode_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward_ode_step(ctx: Any, grad_out: Tensor, *grad_kept: Tensor) -> tuple[Any, ...]:
     table, step, factor, threshold, *tensors = ctx.saved_tensors
-    wants_factor = ctx.needs_input_grad[TENSORS + 2]
+    wants_factor = ctx.needs_input_grad[TENSORS + 2] and factor.numel() > 0
     grads, of_factor = reference.ode_step_backward(
         grad_out,
         grad_kept,
@@ -280,8 +280,12 @@ def guidance_factor(
     """
     check_tensor("cond", cond, "[B, ...]", -1)
     check_floating("cond", cond)
-    if not isinstance(uncond, Tensor) or uncond.shape != cond.shape or uncond.dtype != cond.dtype:
-        raise ValueError(f"uncond: expected a tensor like cond, {cond.dtype} {list(cond.shape)}")
+    check_tensor("uncond", uncond, "[B, ...]", -1)
+    check_same("cond", cond, "uncond", uncond)
+    if uncond.shape != cond.shape:
+        raise ValueError(
+            f"uncond: expected the shape of cond {list(cond.shape)}, got {list(uncond.shape)}"
+        )
     if not isinstance(guidance_scale, Tensor):
         guidance_scale = torch.full((1,), guidance_scale, dtype=torch.float64, device=cond.device)
     elif guidance_scale.shape not in ((1,), (cond.shape[0],)):

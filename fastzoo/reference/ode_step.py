@@ -200,6 +200,12 @@ def ode_step_backward(
     return grads, of_factor.to(factor.dtype)
 
 
+def spread(rows: Tensor) -> Tensor:
+    """The standard deviation of each row, with n - 1 in the denominator."""
+    deviations = rows - rows.mean(1, keepdim=True)
+    return (deviations.square().sum(1) / (rows.shape[1] - 1)).sqrt()
+
+
 def guidance_factor(cond: Tensor, uncond: Tensor, guidance: Tensor, rescale: float) -> Tensor:
     """``rescale std(cond) / std(guided) + 1 - rescale`` of each sample; see
     :func:`fastzoo.ops.guidance_factor`."""
@@ -208,7 +214,7 @@ def guidance_factor(cond: Tensor, uncond: Tensor, guidance: Tensor, rescale: flo
         return torch.ones(cond.shape[0], dtype=dtype, device=cond.device)
     c, u = _samples(cond).double(), _samples(uncond).double()
     guided = u + guidance[:, None] * (c - u)
-    return (rescale * c.std(1) / guided.std(1) + (1 - rescale)).to(dtype)
+    return (rescale * spread(c) / spread(guided) + (1 - rescale)).to(dtype)
 
 
 def step_error(

@@ -8,6 +8,7 @@ from fastzoo.testing import (
     masked_linear,
     neighbours,
     nms,
+    ode_step,
     pointconv,
     sampling,
     splines,
@@ -35,5 +36,6 @@ SPECS: dict[str, OpSpec] = {
         *coupling.SPECS,
         *splines.SPECS,
         *masked_linear.SPECS,
+        *ode_step.SPECS,
     )
 }

@@ -69,6 +69,15 @@ FASTZOO_INLINE Vec<T> absolute(Vec<T> a) {
   return a;
 }
 
+template <class T>
+FASTZOO_INLINE typename Vec<T>::MaskType is_nan(Vec<T> a) {
+  return {~less_equal(a, a).bits & Vec<T>::MaskType::kAll};
+}
+template <class T>
+FASTZOO_INLINE typename Vec<T>::MaskType is_zero(Vec<T> a) {
+  return less_equal(absolute(a), Vec<T>(T(0)));
+}
+
 using math::square_root;
 template <class T>
 FASTZOO_INLINE Vec<T> square_root(Vec<T> a) {
