@@ -2,8 +2,8 @@
 
 __version__ = "0.1.0"
 
-from fastzoo import nn, ops, reference
+from fastzoo import nn, ops, reference, samplers
 from fastzoo.backends import use_backend
 from fastzoo.info import info
 
-__all__ = ["__version__", "info", "nn", "ops", "reference", "use_backend"]
+__all__ = ["__version__", "info", "nn", "ops", "reference", "samplers", "use_backend"]

@@ -19,16 +19,21 @@ MAY_IMPORT = {
     "reference": {"reference"},
     "kernels": {"kernels", "reference"},
     "testing": {"testing", "ops", "reference", "fastzoo", "backends", "_native", "info"},
-    "compat": {"compat", "nn", "ops", "reference"},
+    "compat": {"compat", "nn", "samplers", "ops", "reference"},
     "backends": {"_native"},
     "_native": set(),
     "info": {"fastzoo", "_native", "backends", "ops"},
     "cli": {"fastzoo", "testing", "info", "backends"},
     "__main__": {"cli"},
-    "fastzoo": {"nn", "ops", "reference", "backends", "info"},
+    "fastzoo": {"nn", "ops", "reference", "samplers", "backends", "info"},
 }
-OTHER_PROJECTS = {"reference": {"torch"}, "kernels": {"torch", "triton"}}
 ANY_PROJECT = {"torch", "numpy"}
+# Of samplers: extras, imported where they are used.
+OTHER_PROJECTS = {
+    "reference": {"torch"},
+    "kernels": {"torch", "triton"},
+    "samplers": {*ANY_PROJECT, "diffusers", "tqdm"},
+}
 # recipes/, data/, metrics/, losses/ and tools/ serve the models.
 LIKE_MODELS = {"recipes", "data", "metrics", "losses", "tools"}
 

@@ -92,7 +92,8 @@ class Program:
         scaled: tensors whose coefficients the call multiplies by ``factor``.
 
     Raises:
-        ValueError: more than eight tensors, a coefficient that is not finite.
+        ValueError: more than eight tensors, noise but for one in the last row, a coefficient that
+            is not finite.
     """
 
     def __init__(
@@ -116,6 +117,9 @@ class Program:
             raise ValueError(f"a step reads at most {_TENSORS} tensors, got {inputs}")
         if not 1 <= len(names) <= _ROWS:
             raise ValueError(f"a step has 1 to {_ROWS} rows, got {names}")
+        noises = [name for name, row in rows.items() for term in row.terms if isinstance(term, int)]
+        if noises not in ([], names[-1:]):
+            raise ValueError(f"a step has one noise, in its last row, got it in {noises}")
         slots: dict[Term, int] = {name: slot for slot, name in enumerate(inputs)}
         sizes = {numpy.size(value) for row in rows.values() for value in row.terms.values()} | {1}
         table = numpy.zeros((max(sizes), len(names), _WIDTH))
