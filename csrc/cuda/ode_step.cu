@@ -47,24 +47,31 @@ struct Samples {
   int log_lanes;  // of those that share a sample; kLogThreads where a block has part of one
 };
 
-// The pieces of a thread, of n elements each.
+// The pieces of a thread, of n elements each, one after the other.
 template <int n>
 struct Places {
-  int64_t sample, samples;
-  int64_t begin, size, turn;  // elements of the sample
+  int64_t sample;
+  int64_t place;
+  int64_t left;  // elements of the sample from `place` on; none where there is no such sample
+  int64_t turn;
 
-  FASTZOO_DEVICE explicit Places(const Samples& in) : samples(in.count), size(in.size) {
+  FASTZOO_DEVICE explicit Places(const Samples& in) {
     const int thread = threadIdx.x, lanes = 1 << in.log_lanes;
+    const int64_t first = (int64_t{blockIdx.y} * lanes + (thread & (lanes - 1))) * n;
     sample = first_sample(in) + (thread >> in.log_lanes);
-    begin = (int64_t{blockIdx.y} * lanes + (thread & (lanes - 1))) * n;
+    place = sample * in.size + first;
+    left = sample < in.count ? in.size - first : 0;
     turn = int64_t{gridDim.y} * lanes * n;
   }
   FASTZOO_DEVICE static int64_t first_sample(const Samples& in) {
     return int64_t{blockIdx.x} * (kThreads >> in.log_lanes);
   }
-  FASTZOO_DEVICE bool exists() const { return sample < samples; }
-  FASTZOO_DEVICE int count(int64_t element) const {
-    return size - element < n ? static_cast<int>(size - element) : n;
+  FASTZOO_DEVICE bool exist() const { return left > 0; }
+  FASTZOO_DEVICE int count() const { return left < n ? static_cast<int>(left) : n; }
+  FASTZOO_DEVICE int64_t element(const Samples& in) const { return in.size - left; }
+  FASTZOO_DEVICE void next() {
+    place += turn;
+    left -= turn;
   }
 };
 
@@ -105,9 +112,17 @@ constexpr int kNumbers = kOwn + kOwnBound + 1;
 constexpr int kLogLeastLanes = 2;
 constexpr int kMostSamples = kThreads >> kLogLeastLanes;
 
-// Blocks of a multiprocessor, which leaves a thread the registers that it wants.
-template <class T, int kRows>
-constexpr int kBlocks = sizeof(T) == 8 ? 2 : kRows == 1 ? 4 : 3;
+// Blocks of a multiprocessor, which leaves a thread the registers that it wants: for its sums, and
+// for words.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 4 ? 3 : 2;
+template <class T, int kRows, bool random>
+constexpr int kHeld = kRows * kPiece<T> + (random ? kWordsOfBlock : 0);
+template <class T, int kRows, bool random>
+constexpr int kStepBlocks = sizeof(T) == 8                  ? 2
+                            : kHeld<T, kRows, random> <= 8  ? 4
+                            : kHeld<T, kRows, random> <= 20 ? 3
+                                                            : 2;
 
 // What a tensor may hold that is computed in float.
 enum class Element { float32, float16, bfloat16 };
@@ -192,7 +207,7 @@ struct StepNumbers {
   SharedArray<uint32_t, kMostSamples> draws;
 
   // All threads call it.
-  template <class T>
+  template <bool random, class T>
   FASTZOO_DEVICE void read(const Step<T>& in) {
     const int thread = threadIdx.x;
     const int64_t first = Places<1>::first_sample(in.samples), left = in.samples.count - first;
@@ -200,20 +215,23 @@ struct StepNumbers {
     const int samples = left < most ? static_cast<int>(left) : most;
     const double* const table =
         in.table + (in.step == nullptr ? 0 : *in.step * in.table_step) + first * in.table_sample;
+#pragma unroll 1
     for (int i = thread; i < samples * kRows * kNumbers; i += kThreads) {
       const int row = i / kNumbers, number = i - row * kNumbers;
       const int sample = row / kRows, r = row - sample * kRows;
       const double* const from = table + sample * in.table_sample + r * math::kStepNumbers;
       C value = static_cast<C>(from[number < kOwn + kOwnBound ? number : math::kStepBound]);
       if (number < kOwn) {
-        if ((in.scaled >> number & 1u) != 0) value *= in.factor[in.factor_each ? first + sample : 0];
+        if ((in.scaled >> number & 1u) != 0)
+          value *= in.factor[in.factor_each ? first + sample : 0];
         if ((in.given >> number & 1u) == 0) value = 0;
       } else if (number == kOwn + kOwnBound && r == 0 && in.threshold != nullptr) {
         value = in.threshold[first + sample];
       }
       numbers[i] = value;
     }
-    if (in.keys != nullptr) {
+    if constexpr (random) {
+#pragma unroll 1
       for (int sample = thread; sample < samples; sample += kThreads) {
         const double* const from = table + sample * in.table_sample;
         draws[sample] =
@@ -254,27 +272,28 @@ FASTZOO_DEVICE void round_by_chance(const math::RandomKey& key, uint32_t draw, i
 }
 
 template <class T, int kRows, bool mixed, bool random>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, kRows>) ode_step_rows(Step<T> in) {
+__global__ void __launch_bounds__(kThreads, kStepBlocks<T, kRows, random>)
+    ode_step_rows(Step<T> in) {
   using C = ComputeOf<T>;
   constexpr int n = kPiece<T>;
   constexpr int group = kGroup<T, mixed>;
   constexpr int last = kRows - 1;
   __shared__ StepNumbers<C, kRows> shared;
-  shared.read(in);
-  const Places<n> places(in.samples);
-  if (!places.exists()) return;
+  shared.template read<random>(in);
+  Places<n> at(in.samples);
+  if (!at.exist()) return;
   const int own = static_cast<int>(threadIdx.x) >> in.samples.log_lanes;
   const int numbers = own * kRows * kNumbers;
   math::RandomKey key{};
   uint32_t draw = 0;
   if constexpr (random) {
-    key = math::random_key(in.keys + 2 * places.sample);
+    key = math::random_key(in.keys + 2 * at.sample);
     draw = shared.draws[own];
   }
 
-  for (int64_t element = places.begin; element < places.size; element += places.turn) {
-    const int64_t place = places.sample * places.size + element;
-    const int count = places.count(element);
+  for (; at.exist(); at.next()) {
+    const int64_t place = at.place;
+    const int count = at.count();
     const bool whole = in.vectors && count == n;
     C sums[kRows][n] = {};
     if (whole) {
@@ -350,13 +369,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kRows>) ode_step_rows(Ste
         }
       }
       if (r == last && random && !math::is_zero(row[kOwnNoise])) {
-        for_random_blocks<n>(key, draw, element, [&](int i, const auto& block) {
+        for_random_blocks<n>(key, draw, at.element(in.samples), [&](int i, const auto& block) {
           float normals[kWordsOfBlock];
           math::normals_of(block, normals);
 #pragma unroll
           for (int j = 0; j < kWordsOfBlock; ++j) {
-            sums[r][i + j] = math::add_weighted(row[kOwnNoise], static_cast<C>(normals[j]),
-                                                sums[r][i + j]);
+            sums[r][i + j] =
+                math::add_weighted(row[kOwnNoise], static_cast<C>(normals[j]), sums[r][i + j]);
           }
         });
       }
@@ -378,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, kRows>) ode_step_rows(Ste
       }
     }
     if constexpr (random && sizeof(T) == 2) {
-      if (in.stochastic) round_by_chance(key, draw, element, sums[last], rounded);
+      if (in.stochastic) round_by_chance(key, draw, at.element(in.samples), sums[last], rounded);
     }
     store_piece(in.out + place, rounded, count, whole);
   }
@@ -391,13 +410,13 @@ template <class Number>
 __global__ void __launch_bounds__(kThreads)
     counter_numbers(Samples samples, const int64_t* keys, uint32_t draw, Number* out) {
   constexpr int n = kWordsOfBlock;
-  const Places<n> places(samples);
-  if (!places.exists()) return;
-  const math::RandomKey key = math::random_key(keys + 2 * places.sample);
-  const bool vectors = places.size % n == 0;
-  for (int64_t element = places.begin; element < places.size; element += places.turn) {
+  Places<n> at(samples);
+  if (!at.exist()) return;
+  const math::RandomKey key = math::random_key(keys + 2 * at.sample);
+  const bool vectors = samples.size % n == 0;
+  for (; at.exist(); at.next()) {
     Vector<Number, n> numbers;
-    for_random_blocks<n>(key, draw, element, [&](int, const auto& block) {
+    for_random_blocks<n>(key, draw, at.element(samples), [&](int, const auto& block) {
       if constexpr (std::is_same_v<Number, float>) {
         math::normals_of(block, numbers.values);
       } else {
@@ -405,8 +424,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < n; ++i) numbers[i] = block.words[i];
       }
     });
-    store_piece(out + places.sample * places.size + element, numbers, places.count(element),
-                vectors);
+    store_piece(out + at.place, numbers, at.count(), vectors);
   }
 }
 
@@ -540,17 +558,17 @@ FASTZOO_DEVICE math::Moments<double> widened(const math::Moments<C>& own) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) guidance_parts(Guidance<T> in) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) guidance_parts(Guidance<T> in) {
   using C = ComputeOf<T>;
   constexpr int n = kVector<T>;
   __shared__ SharedArray<GuidancePart, kWarps> shared;
-  const Places<n> places(in.samples);
+  Places<n> at(in.samples);
   math::Moments<C> cond{}, guided{};
-  if (places.exists()) {
-    const C by = static_cast<C>(in.guidance[in.guidance_each ? places.sample : 0]);
-    for (int64_t element = places.begin; element < places.size; element += places.turn) {
-      const int64_t place = places.sample * places.size + element;
-      const int count = places.count(element);
+  if (at.exist()) {
+    const C by = static_cast<C>(in.guidance[in.guidance_each ? at.sample : 0]);
+    for (; at.exist(); at.next()) {
+      const int64_t place = at.place;
+      const int count = at.count();
       const bool whole = in.vectors && count == n;
       const auto first = load_piece<n>(in.cond + place, count, whole);
       const auto second = load_piece<n>(in.uncond + place, count, whole);
@@ -566,7 +584,7 @@ __global__ void __launch_bounds__(kThreads) guidance_parts(Guidance<T> in) {
     }
   }
   GuidancePart own{widened(cond), widened(guided)};
-  hand_on(in.samples, places.sample, own, shared, in.whole, in.parts);
+  hand_on(in.samples, at.sample, own, shared, in.whole, in.parts);
 }
 
 template <class T>
@@ -585,22 +603,22 @@ struct StepError {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) error_parts(StepError<T> in) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) error_parts(StepError<T> in) {
   using C = ComputeOf<T>;
   constexpr int n = kVector<T>;
   __shared__ SharedArray<ErrorPart, kWarps> shared;
-  const Places<n> places(in.samples);
+  Places<n> at(in.samples);
   ErrorPart own{};
-  if (places.exists()) {
-    const C factor = in.factor[in.factor_each ? places.sample : 0];
+  if (at.exist()) {
+    const C factor = in.factor[in.factor_each ? at.sample : 0];
     C weights[kStepTensors];
 #pragma unroll
     for (int k = 2; k < kStepTensors; ++k) {
       weights[k] = in.tensors[k] == nullptr ? C{0} : static_cast<C>(in.weights[k]);
     }
-    for (int64_t element = places.begin; element < places.size; element += places.turn) {
-      const int64_t place = places.sample * places.size + element;
-      const int count = places.count(element);
+    for (; at.exist(); at.next()) {
+      const int64_t place = at.place;
+      const int count = at.count();
       const bool whole = in.vectors && count == n;
       Vector<T, n> pieces[kStepTensors] = {};
 #pragma unroll
@@ -618,15 +636,15 @@ __global__ void __launch_bounds__(kThreads) error_parts(StepError<T> in) {
         for (int k = 2; k < kStepTensors; ++k) {
           sum = math::add_weighted(weights[k], static_cast<C>(pieces[k][i]), sum);
         }
-        const C ratio = factor * sum / math::error_scale(static_cast<C>(pieces[0][i]),
-                                                         static_cast<C>(pieces[1][i]), in.rtol,
-                                                         in.atol);
+        const C ratio = factor * sum /
+                        math::error_scale(static_cast<C>(pieces[0][i]),
+                                          static_cast<C>(pieces[1][i]), in.rtol, in.atol);
         squares = fused_multiply_add(ratio, ratio, squares);
       }
       own.squares += static_cast<double>(squares);
     }
   }
-  hand_on(in.samples, places.sample, own, shared, in.whole, in.parts);
+  hand_on(in.samples, at.sample, own, shared, in.whole, in.parts);
 }
 
 // ---- the operators ------------------------------------------------------------------------------
@@ -645,14 +663,26 @@ Samples joined_samples_of(int64_t count, int64_t size, int piece) {
   return samples;
 }
 
-// Enough parts of a sample for all units, and more where they would have to go over it too often.
-dim3 grid_for(const Samples& samples, int piece) {
+// How often the lanes of a sample would go over it.
+int64_t turns_of(const Samples& samples, int piece) {
   const int64_t each = int64_t{piece} << samples.log_lanes;
-  const int64_t turns = std::max<int64_t>(1, (samples.size + each - 1) / each);
-  const int64_t wanted = (4 * kManyBlocks + samples.count - 1) / samples.count;
-  const int64_t parts = std::max((turns + kTurns - 1) / kTurns, std::min(turns, wanted));
+  return std::max<int64_t>(1, (samples.size + each - 1) / each);
+}
+dim3 grid_of(const Samples& samples, int64_t parts) {
   return dim3(blocks_for(samples.count, kThreads >> samples.log_lanes),
               static_cast<unsigned>(std::min(parts, int64_t{65535})));
+}
+// Enough parts of a sample for all units, and more where they would have to go over it too often.
+dim3 grid_for(const Samples& samples, int piece) {
+  const int64_t turns = turns_of(samples, piece);
+  const int64_t wanted = (4 * kManyBlocks + samples.count - 1) / samples.count;
+  return grid_of(samples, std::max((turns + kTurns - 1) / kTurns, std::min(turns, wanted)));
+}
+// Where parts are added up they are as many whatever else is in the batch, and so are the bits.
+dim3 joined_grid_for(const Samples& samples, int piece) {
+  const int64_t turns = turns_of(samples, piece);
+  const int64_t wanted = std::min((turns + 1) / 2, int64_t{2 * kManyBlocks});
+  return grid_of(samples, std::max((turns + kTurns - 1) / kTurns, wanted));
 }
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
@@ -753,8 +783,8 @@ std::tuple<Tensor, Tensor, Tensor> ode_step(const Tensor& t0, const Tensor& t1, 
                   table.size(1), " samples for ", tensors.samples);
   STD_TORCH_CHECK(1 <= rows && rows <= kStepRows, kOp, ": a table of ", rows, " rows");
   const bool factor_each = is_of_each(kOp, "factor", factor, compute, tensors.samples);
-  STD_TORCH_CHECK(threshold.numel() == 0 || (threshold.numel() == tensors.samples &&
-                                             threshold.scalar_type() == compute),
+  STD_TORCH_CHECK(threshold.numel() == 0 ||
+                      (threshold.numel() == tensors.samples && threshold.scalar_type() == compute),
                   kOp, ": threshold must be [", tensors.samples, "] in the compute dtype");
   STD_TORCH_CHECK(keys.numel() == 0 || keys.numel() == 2 * tensors.samples, kOp,
                   ": keys must be [B, 2]");
@@ -840,13 +870,13 @@ void launch_joined(const Stream& stream, const char* name, void (*kernel)(In), I
                    const Tensor& like) {
   using Whole = decltype(in.whole);
   using Part = typename Whole::Part;
-  const dim3 grid = grid_for(in.samples, piece);
+  const dim3 grid = joined_grid_for(in.samples, piece);
   if (grid.y == 1) {
     stream.launch(name, kernel, grid, kThreads, in);
     return;
   }
-  const Tensor parts = empty(like, {in.samples.count, int64_t{grid.y}, sizeof(Part)},
-                             ScalarType::Byte);
+  const Tensor parts =
+      empty(like, {in.samples.count, int64_t{grid.y}, sizeof(Part)}, ScalarType::Byte);
   in.parts = static_cast<Part*>(parts.mutable_data_ptr());
   stream.launch(name, kernel, grid, kThreads, in);
   stream.launch("join_parts", join_parts<Whole>, blocks_for(in.samples.count, 1), kThreads,
@@ -877,8 +907,8 @@ Tensor guidance_factor(const Tensor& cond_in, const Tensor& uncond_in, const Ten
     in.uncond = static_cast<const T*>(uncond.const_data_ptr());
     in.guidance = static_cast<const double*>(guidance.const_data_ptr());
     in.guidance_each = each;
-    in.vectors = (count == 1 || in.samples.size % n == 0) && is_aligned(in.cond) &&
-                 is_aligned(in.uncond);
+    in.vectors =
+        (count == 1 || in.samples.size % n == 0) && is_aligned(in.cond) && is_aligned(in.uncond);
     in.whole = {rescale, static_cast<ComputeOf<T>*>(out.mutable_data_ptr())};
     launch_joined(stream, "guidance_parts", guidance_parts<T>, in, n, cond);
   });

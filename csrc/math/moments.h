@@ -1,5 +1,6 @@
 // Mean and spread of numbers that come in parts (Chan, Golub & LeVeque, Updating formulae and a
-// pairwise algorithm for computing sample variances, 1979): no sum of squares is taken from another.
+// pairwise algorithm for computing sample variances, 1979): no sum of squares is taken from
+// another.
 #pragma once
 
 #include "host_device.h"
