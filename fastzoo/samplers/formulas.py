@@ -9,6 +9,7 @@ The tensors may be combinations of names (:mod:`fastzoo.samplers.algebra`) or to
 coefficients are numbers, or arrays with one for each sample.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy
@@ -56,6 +57,20 @@ def denoised(
 def noise_of(x: Value, x0: Value, alpha: Coefficient, sigma: Coefficient) -> Value:
     """eps of ``x = alpha x0 + sigma eps``."""
     return (x - alpha * x0) / sigma
+
+
+def predicted_noise(
+    prediction: str, x: Value, output: Value, alpha: Coefficient = 1.0, sigma: Coefficient = 0.0
+) -> Value:
+    """eps from what the model predicts, as :func:`denoised` is x0; for these predictions it needs
+    no division by alpha, and has a value where there is no signal."""
+    if prediction == "epsilon":
+        return output
+    if prediction == "v":
+        return (sigma * x + alpha * output) / (alpha**2 + sigma**2)
+    if prediction == "velocity":
+        return (x + alpha * output) / (alpha + sigma)
+    return noise_of(x, denoised(prediction, x, output, alpha, sigma), alpha, sigma)
 
 
 def guided(uncond: Value, cond: Value, scale: Coefficient) -> Value:
@@ -110,7 +125,8 @@ def ddim(
     noise: Value | None = None,
 ) -> Value:
     """Song et al. 2021, eq. 12, whose sigma_t is ``std``."""
-    x = next_alpha * x0 + numpy.sqrt(next_sigma**2 - std**2) * eps
+    # At eta = 1 after an alpha of 0 the difference is 0 but for its rounding.
+    x = next_alpha * x0 + numpy.sqrt(numpy.maximum(next_sigma**2 - std**2, 0)) * eps
     return x if noise is None else x + std * noise
 
 
@@ -156,6 +172,8 @@ def dpm_solver_pp(
     if numpy.all(numpy.asarray(next_sigma) == 0):
         return next_alpha * x0
     h = log_snr(next_alpha, next_sigma) - log_snr(alpha, sigma)
+    if numpy.all(h == 0):
+        return x
     whole = h * (1 + eta)
     phi_1 = -numpy.expm1(-whole)
     result = (next_sigma / sigma * numpy.exp(-eta * h)) * x + (next_alpha * phi_1) * x0
@@ -181,3 +199,96 @@ def differences(
         return first, None
     second = (first - (before - earlier) / r1) / (r0 + r1)
     return first + r0 * second, second
+
+
+def dpm_solver(
+    x: Value,
+    eps: Value,
+    alpha_sigma: tuple[Coefficient, Coefficient],
+    next_alpha_sigma: tuple[Coefficient, Coefficient],
+    first: Value | None = None,
+    second: Value | None = None,
+    *,
+    noise: Value | None = None,
+    solver_type: str = "midpoint",
+) -> Value:
+    """DPM-Solver (Lu et al. 2022): :func:`dpm_solver_pp` with the noise eps, where that has x0, and
+    derivatives of eps. With ``noise`` it is the SDE's, whose drift has eps twice. ``sigma' = 0`` has
+    a limit in the first order, x0, and none in a higher one."""
+    (alpha, sigma), (next_alpha, next_sigma) = alpha_sigma, next_alpha_sigma
+    if numpy.all(numpy.asarray(next_sigma) == 0):
+        return (next_alpha / alpha) * (x - sigma * eps)
+    h = log_snr(next_alpha, next_sigma) - log_snr(alpha, sigma)
+    if numpy.all(h == 0):
+        return x
+    drift = next_sigma * (1.0 if noise is None else 2.0)
+    phi_1 = numpy.expm1(h)
+    result = (next_alpha / alpha) * x - (drift * phi_1) * eps
+    if first is not None:
+        phi_2 = phi_1 / h - 1
+        halfway = solver_type == "midpoint" and second is None
+        result = result - (drift * (phi_1 / 2 if halfway else phi_2)) * first
+        if second is not None:
+            result = result - (drift * (phi_2 / h - 0.5)) * second
+    if noise is not None:
+        result = result + (next_sigma * numpy.sqrt(numpy.expm1(2 * h))) * noise
+    return result
+
+
+def unipc(
+    x: Value,
+    value: Value,
+    alpha_sigma: tuple[Coefficient, Coefficient],
+    next_alpha_sigma: tuple[Coefficient, Coefficient],
+    earlier: Sequence[tuple[Value, Coefficient]] = (),
+    reached: Value | None = None,
+    *,
+    of_noise: bool = False,
+    solver_type: str = "bh2",
+) -> Value:
+    """UniP, and with ``reached`` UniC (Zhao et al. 2023): a step from x by the values of x0 (or of
+    eps, ``of_noise``) here, at ``earlier`` steps, the latest first and each with its lambda, and for
+    the corrector at the step's end. UniP has order 1 + len(earlier), UniC one more. At sigma' = 0 it
+    is alpha' x0.
+
+    ``solver_type`` is B(h), ``bh1`` h and ``bh2`` e^h - 1; it matters only with a single difference,
+    whose weight is 1/2. Those of more solve the order conditions.
+    """
+    (alpha, sigma), (next_alpha, next_sigma) = alpha_sigma, next_alpha_sigma
+    if numpy.all(numpy.asarray(next_sigma) == 0):
+        return next_alpha * (denoised("epsilon", x, value, alpha, sigma) if of_noise else value)
+    here = log_snr(alpha, sigma)
+    h = log_snr(next_alpha, next_sigma) - here
+    if numpy.all(h == 0):
+        return x
+    if of_noise:
+        z, ratio, scale = h, next_alpha / alpha, next_sigma
+    else:
+        z, ratio, scale = -h, next_sigma / sigma, next_alpha
+    result = ratio * x - (scale * numpy.expm1(z)) * value
+    positions = [(at - here) / h for _, at in earlier]
+    slopes = [(v - value) / r for (v, _), r in zip(earlier, positions, strict=True)]
+    if reached is not None:
+        positions.append(numpy.ones_like(h))
+        slopes.append(reached - value)
+    if len(slopes) == 1:
+        weights = [(z if solver_type == "bh1" else numpy.expm1(z)) / 2]
+    else:
+        weights = _order_conditions(positions, z) if slopes else []
+    for weight, slope in zip(weights, slopes, strict=True):
+        result = result - (scale * weight) * slope
+    return result
+
+
+def _order_conditions(positions: Sequence[Coefficient], z: Coefficient) -> list[Coefficient]:
+    """The w with ``sum_i w_i r_i^(k-1) = k! z phi_(k+1)(z)`` for k = 1, 2, ... (Zhao et al. 2023,
+    eq. 5; their a B(h)): polynomials of lambda are integrated exactly."""
+    powers, moments = [], []
+    moment, factorial = numpy.expm1(z) / z - 1, 1.0
+    for k in range(len(positions)):
+        powers.append(numpy.stack([numpy.asarray(r) ** k for r in positions], -1))
+        moments.append(moment * factorial)
+        factorial *= k + 2
+        moment = moment / z - 1 / factorial
+    weights = numpy.linalg.solve(numpy.stack(powers, -2), numpy.stack(moments, -1)[..., None])
+    return [weights[..., i, 0] for i in range(len(positions))]
