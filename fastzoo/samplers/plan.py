@@ -240,12 +240,13 @@ class Trace:
     def _materialised(self, value: Combination) -> Combination:
         """The value as a tensor, by one kernel, which writes what is to be kept too."""
         rows = dict(self._pending)
-        name = self._name_of(value) if self._plain(value) else self._name("x")
-        if self._plain(value):
-            if name not in rows:
-                # What is kept waits for a kernel that has something to compute.
-                return value
-            value = rows.pop(name)
+        if self._plain(value) and self._name_of(value) not in rows:
+            # What is kept waits for a kernel that has something to compute.
+            return value
+        name = self._name("x")
+        if self._plain(value) and self._name_of(value) == list(rows)[-1]:
+            # What is to be kept is the result itself.
+            name, value = rows.popitem()
         kept = tuple(rows)
         rows[name] = value
         terms = [term for row in rows.values() for term in row.terms if isinstance(term, str)]
