@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Combination, tensor
-from fastzoo.samplers.diffusers.base import SchedulerOutput, parent, register_to_config
+from fastzoo.samplers.diffusers.base import parent, register_to_config
 from fastzoo.samplers.diffusers.noise_levels import (
     VarianceExploding,
     check_conversion,
@@ -145,6 +145,9 @@ class EulerDiscreteScheduler(VarianceExploding, parent("EulerDiscreteScheduler")
             x = x + s_noise * added * noise
         # diffusers reads v at the level without the churn.
         x0 = self._denoised_at(x, output, hat, sigma)
+        # From 0 to 0 is no step; any level has the limit.
+        stays = (hat == 0) & (next_sigma == 0)
+        hat, next_sigma = numpy.where(stays, 1, hat), numpy.where(stays, 1, next_sigma)
         return {"x0": x0, "prev_sample": formulas.euler(x, tensor("x0"), hat, next_sigma)}
 
     def step(
@@ -169,7 +172,8 @@ class EulerDiscreteScheduler(VarianceExploding, parent("EulerDiscreteScheduler")
         if s_churn > 0 and seeds is not None:
             # It is part of x0 too, and a kernel's own noise is of its last row alone.
             noise = self._counter_noise(seeds, sample, self._place(timestep) + 1)
-        prev_sample, x0 = self._advance(
+        return self._step(
+            return_dict,
             model_output,
             timestep,
             sample,
@@ -180,4 +184,3 @@ class EulerDiscreteScheduler(VarianceExploding, parent("EulerDiscreteScheduler")
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
         )
-        return SchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
