@@ -29,6 +29,13 @@ def test_arguments_are_theirs(name: str) -> None:
     assert list(found) == list(right)
 
 
+def increments(sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """Of one path, as those of a Brownian tree are."""
+    steps = torch.arange(1, 11, dtype=torch.float64).view(2, 5)
+    ends = (steps * sigma.sqrt()).sin() - (steps * next_sigma.sqrt()).sin()
+    return ends / (sigma - next_sigma).sqrt()
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_runs_are_theirs(name: str) -> None:
     """From torch's global generator, with the model's arguments and a callback."""
@@ -41,9 +48,7 @@ def test_runs_are_theirs(name: str) -> None:
         seen: list[dict[str, Any]] = []
         options: dict[str, Any] = {}
         if name in BY_TREE:
-            options = {"noise_sampler": lambda *_: torch.ones_like(x), "eta": 0.5}
-        if name == "sample_dpmpp_sde":
-            options["eta"] = 0.0
+            options = {"noise_sampler": increments, "eta": 0.5}
         if "s_churn" in inspect.signature(getattr(ours, name)).parameters:
             options = {"s_churn": 2.0}
         function = getattr(module, name)

@@ -17,6 +17,7 @@ Differences:
   where it is not used, and move the generator on.
 - :func:`sample_dpmpp_sde` asks for the noise of the two parts of a step, not of its first part and
   the whole: the same thing for a Brownian motion, and of order 2 for independent noise too.
+- ``sample_dpm_fast`` and ``sample_dpm_adaptive`` are not here.
 - :func:`sample_dpm_2_ancestral` adds a step's noise where eta is so large that there is nothing
   else left of it.
 """
@@ -103,7 +104,12 @@ def sample_euler(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    options: dict[str, Any] = {
+        "s_churn": s_churn,
+        "s_tmin": s_tmin,
+        "s_tmax": s_tmax,
+        "s_noise": s_noise,
+    }
     return _run("euler", model, x, sigmas, extra_args, callback, disable, **options)
 
 
@@ -118,7 +124,7 @@ def sample_euler_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    options = {"eta": eta, "s_noise": s_noise, "noise_sampler": noise_sampler}
+    options: dict[str, Any] = {"eta": eta, "s_noise": s_noise, "noise_sampler": noise_sampler}
     return _run("euler_ancestral", model, x, sigmas, extra_args, callback, disable, **options)
 
 
@@ -134,7 +140,12 @@ def sample_heun(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    options: dict[str, Any] = {
+        "s_churn": s_churn,
+        "s_tmin": s_tmin,
+        "s_tmax": s_tmax,
+        "s_noise": s_noise,
+    }
     return _run("heun", model, x, sigmas, extra_args, callback, disable, **options)
 
 
@@ -150,7 +161,12 @@ def sample_dpm_2(
     s_tmax: float = math.inf,
     s_noise: float = 1.0,
 ) -> Tensor:
-    options = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    options: dict[str, Any] = {
+        "s_churn": s_churn,
+        "s_tmin": s_tmin,
+        "s_tmax": s_tmax,
+        "s_noise": s_noise,
+    }
     return _run("dpm_2", model, x, sigmas, extra_args, callback, disable, **options)
 
 
@@ -165,7 +181,7 @@ def sample_dpm_2_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    options = {"eta": eta, "s_noise": s_noise, "noise_sampler": noise_sampler}
+    options: dict[str, Any] = {"eta": eta, "s_noise": s_noise, "noise_sampler": noise_sampler}
     return _run("dpm_2_ancestral", model, x, sigmas, extra_args, callback, disable, **options)
 
 
@@ -192,7 +208,7 @@ def sample_dpmpp_2s_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    options = {"eta": eta, "s_noise": s_noise, "noise_sampler": noise_sampler}
+    options: dict[str, Any] = {"eta": eta, "s_noise": s_noise, "noise_sampler": noise_sampler}
     return _run("dpmpp_2s_ancestral", model, x, sigmas, extra_args, callback, disable, **options)
 
 
@@ -208,7 +224,12 @@ def sample_dpmpp_sde(
     noise_sampler: NoiseSampler | None = None,
     r: float = 1 / 2,
 ) -> Tensor:
-    options = {"eta": eta, "s_noise": s_noise, "noise_sampler": noise_sampler, "r": r}
+    options: dict[str, Any] = {
+        "eta": eta,
+        "s_noise": s_noise,
+        "noise_sampler": noise_sampler,
+        "r": r,
+    }
     return _run("dpmpp_sde", model, x, sigmas, extra_args, callback, disable, **options)
 
 
@@ -235,7 +256,7 @@ def sample_dpmpp_2m_sde(
     noise_sampler: NoiseSampler | None = None,
     solver_type: str = "midpoint",
 ) -> Tensor:
-    options = {
+    options: dict[str, Any] = {
         "eta": eta,
         "s_noise": s_noise,
         "noise_sampler": noise_sampler,
@@ -255,7 +276,7 @@ def sample_dpmpp_3m_sde(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    options = {"eta": eta, "s_noise": s_noise, "noise_sampler": noise_sampler}
+    options: dict[str, Any] = {"eta": eta, "s_noise": s_noise, "noise_sampler": noise_sampler}
     return _run("dpmpp_3m_sde", model, x, sigmas, extra_args, callback, disable, **options)
 
 
@@ -271,12 +292,17 @@ def _run(
     extra_args: Mapping[str, Any] | None,
     callback: Callback | None,
     disable: bool | None,
+    noise_sampler: NoiseSampler | None = None,
     **options: Any,
 ) -> Tensor:
+    # Levels are tensors there.
+    def drawn(sigma: float, next_sigma: float) -> Tensor:
+        assert noise_sampler is not None
+        return noise_sampler(sigmas.new_tensor(sigma), sigmas.new_tensor(next_sigma))
+
     def report(info: dict[str, Any]) -> None:
-        """Levels are tensors there."""
-        levels = {name: sigmas.new_tensor(info[name]) for name in ("sigma", "sigma_hat")}
         assert callback is not None
+        levels = {name: sigmas.new_tensor(info[name]) for name in ("sigma", "sigma_hat")}
         callback({**info, **levels})
 
     return samplers.sample(
@@ -286,6 +312,7 @@ def _run(
         method,
         extra_args,
         None if callback is None else report,
+        None if noise_sampler is None else drawn,
         # As tqdm takes it: None shows a bar where someone looks.
         progress=sys.stderr.isatty() if disable is None else not disable,
         **options,

@@ -140,11 +140,14 @@ class Program:
             slots[name] = _EARLIER + r
         self.names = tuple(names)
         self.inputs = tuple(inputs)
-        self.keep = tuple(names.index(name) for name in keep)
-        self.kept = tuple(keep)
+        self.keep_only(tuple(keep))
         self.scaled = tuple(inputs.index(name) for name in scaled)
         self.noisy = rows[names[-1]].noisy
         self.table = table
+
+    def keep_only(self, keep: Sequence[str]) -> None:
+        """These rows before the last one are results, and no others."""
+        self.keep = tuple(self.names.index(name) for name in keep)
 
     def __call__(
         self, tensors: Mapping[str, Tensor], table: Tensor | None = None, **more: Any

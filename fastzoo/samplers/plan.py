@@ -184,8 +184,14 @@ class Trace:
             except StopIteration as end:
                 x = end.value
         self.result = self._name_of(self._materialised(x))
+        self._leave_unread()
 
     def noise(self, number: int, sigma: Coefficient, next_sigma: Coefficient) -> Combination:
+        if self._prediction == "velocity":
+            raise ValueError(
+                "prediction: a rectified flow takes a method that draws no noise; the amounts of "
+                "these are for data left unscaled"
+            )
         if self._counter:
             return noise(number)
         name = self._name("noise")
@@ -234,12 +240,13 @@ class Trace:
     def _materialised(self, value: Combination) -> Combination:
         """The value as a tensor, by one kernel, which writes what is to be kept too."""
         rows = dict(self._pending)
-        name = self._name_of(value) if self._plain(value) else self._name("x")
-        if self._plain(value):
-            if name not in rows:
-                # What is kept waits for a kernel that has something to compute.
-                return value
-            value = rows.pop(name)
+        if self._plain(value) and self._name_of(value) not in rows:
+            # What is kept waits for a kernel that has something to compute.
+            return value
+        name = self._name("x")
+        if self._plain(value) and self._name_of(value) == list(rows)[-1]:
+            # What is to be kept is the result itself.
+            name, value = rows.popitem()
         kept = tuple(rows)
         rows[name] = value
         terms = [term for row in rows.values() for term in row.terms if isinstance(term, str)]
@@ -253,6 +260,21 @@ class Trace:
         self._pending, self._factor, self._state = {}, None, name
         self._states.add(name)
         return tensor(name)
+
+    def _leave_unread(self) -> None:
+        """Rows that were to be kept, and that nothing reads, are not written."""
+        read = {self.result}
+        for i, instruction in reversed(list(enumerate(self.instructions))):
+            if isinstance(instruction, Compute):
+                name, *kept = instruction.results
+                kept = [row for row in kept if row in read]
+                instruction.program.keep_only(kept)
+                self.instructions[i] = dataclasses.replace(instruction, results=(name, *kept))
+                read.update(instruction.program.inputs)
+            elif isinstance(instruction, Evaluate):
+                read.add(instruction.x)
+            elif isinstance(instruction, Report):
+                read.update((instruction.x, instruction.denoised))
 
     def _report(self, step: Step, sigma: Coefficient, x: Combination, value: Combination) -> None:
         shown = self._name_of(self._materialised(value))

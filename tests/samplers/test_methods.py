@@ -10,6 +10,7 @@ import numpy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastzoo import samplers
 from fastzoo.samplers import schedules
@@ -146,8 +147,9 @@ def test_ddim_is_song_s_loop(eta: float) -> None:
         std = eta * math.sqrt(t**2 / s**2 * (1 - a**2 / b**2))
         state = b * x0 + math.sqrt(t**2 - std**2) * eps
         if std:
-            state = state + std * noise(0, 0)
-    near(samplers.sample(denoiser, x, sigmas, "ddim", noise_sampler=ours, eta=eta), state)
+            state = state + 1.02 * std * noise(0, 0)
+    options = {"eta": eta, "s_noise": 1.02}
+    near(samplers.sample(denoiser, x, sigmas, "ddim", noise_sampler=ours, **options), state)
 
 
 def test_ddpm_is_ho_s_loop() -> None:
@@ -163,8 +165,9 @@ def test_ddpm_is_ho_s_loop() -> None:
         eps = (state - math.sqrt(bar[t]) * x0) / math.sqrt(1 - bar[t])
         state = (state - beta / math.sqrt(1 - bar[t]) * eps) / math.sqrt(alpha)
         if t:
-            state = state + math.sqrt(beta * (1 - before) / (1 - bar[t])) * noise(0, 0)
-    near(samplers.sample(denoiser, x, sigmas, "ddpm", noise_sampler=ours), state)
+            state = state + 1.02 * math.sqrt(beta * (1 - before) / (1 - bar[t])) * noise(0, 0)
+    found = samplers.sample(denoiser, x, sigmas, "ddpm", noise_sampler=ours, s_noise=1.02)
+    near(found, state)
 
 
 def test_plms_is_liu_s_loop() -> None:
@@ -518,6 +521,42 @@ def test_predictions_and_guidance_change_nothing(name: str) -> None:
     assert bool(right.isfinite().all())
 
 
+class Written(TorchDispatchMode):
+    """How many tensors the steps of a run write."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.name().startswith("fastzoo::ode_step"):
+            self.count += sum(t.numel() > 0 for t in out)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "kept"),
+    [
+        ("euler", {"guidance_scale": 2.0}, 0),
+        ("euler_ancestral", {"guidance_scale": 2.0}, 0),
+        # Each step's denoised but the last two's: there are no derivatives at the end.
+        ("dpmpp_2m", {"prediction": "epsilon"}, 3),
+        ("dpmpp_2m", {}, 0),
+        ("lms", {}, 4),
+    ],
+)
+def test_a_step_writes_what_a_later_one_reads(
+    name: str, settings: dict[str, Any], kept: int
+) -> None:
+    def model(x: Tensor, sigma: Tensor) -> Any:
+        return (x, x / 2) if "guidance_scale" in settings else x
+
+    with Written() as written:
+        samplers.sample(model, start(2, 5), schedules.karras_sigmas(5), name, **settings)
+    # A last step that is the model's answer itself needs no kernel.
+    answer = name == "dpmpp_2m" and not settings
+    assert written.count == 5 - answer + kept
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -532,6 +571,14 @@ def test_predictions_and_guidance_change_nothing(name: str) -> None:
 def test_errors_name_the_option(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         samplers.Sampler([2.0, 1.0], name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in STOCHASTIC), ("heun", {"s_churn": 1.0})]
+)
+def test_noise_is_not_for_flows(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="draws no noise"):
+        samplers.Sampler([1.0, 0.5, 0.0], name, prediction="velocity", **options)
 
 
 def test_lagrange_weights_are_exact() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastzoo import ops, samplers
-from fastzoo.samplers import formulas
+from fastzoo.samplers import formulas, plan
 from fastzoo.samplers.algebra import Program, stacked, tensor
 from fastzoo.samplers.algebra import noise as drawn
 from fastzoo.testing.coupling import values
@@ -297,6 +297,27 @@ def test_one_step_is_captured_once_and_finds_its_row() -> None:
         counter += 1
     expected = samplers.sample(denoiser, latents(), SIGMAS[:-1], "euler_ancestral", seeds=keys)
     assert torch.equal(state, expected)
+
+
+def test_a_kept_row_may_be_the_result() -> None:
+    """The last one, or one that another is made of."""
+    for wanted, kernels in ((1, 1), (0, 1)):
+
+        def kept(x: Any, step: Any, wanted: int = wanted) -> Any:
+            x, denoised = yield x, step.sigma
+            first = step.keep(0.5 * x + 0.5 * denoised)
+            return (first, step.keep(2.0 * first))[wanted]
+
+        plan.METHODS["kept"] = kept
+        try:
+            sampler = samplers.Sampler([1.0, 0.5], "kept")
+        finally:
+            del plan.METHODS["kept"]
+        x = latents()
+        with Calls() as calls:
+            found = sampler(lambda x, sigma: 3 * x, x, seeds=1)
+        assert torch.allclose(found, (2 * x, 4 * x)[wanted])
+        assert calls.steps == kernels
 
 
 def test_one_step_is_enough() -> None:
