@@ -168,17 +168,20 @@ FASTZOO_DEVICE void with_element(const Step<T>& in, int k, const Body& body) {
   }
 }
 
-// n elements as they are in memory.
+// n elements as they are in memory: words, which nothing touches before all are under way.
 template <class T, int n, bool mixed>
 struct Loaded {
-  static constexpr int kBytes = n * (mixed ? sizeof(float) : sizeof(T));
-  Vector<uint32_t, kBytes / 4> words;
+  static constexpr int kWords = n * static_cast<int>(mixed ? sizeof(float) : sizeof(T)) / 4;
+  Vector<uint32_t, kWords> words;
 
   FASTZOO_DEVICE void load(const Step<T>& in, int k, int64_t place) {
     with_element<mixed>(in, k, [&](auto type) {
       using E = decltype(type);
-      const auto loaded = load_vector<n>(static_cast<const E*>(in.tensors[k]) + place);
-      __builtin_memcpy(words.values, loaded.values, n * sizeof(E));
+      constexpr int kRead = n * static_cast<int>(sizeof(E)) / 4;
+      const E* const from = static_cast<const E*>(in.tensors[k]) + place;
+      const auto loaded = load_vector<kRead>(reinterpret_cast<const uint32_t*>(from));
+#pragma unroll
+      for (int i = 0; i < kRead; ++i) words[i] = loaded[i];
     });
   }
   template <class Body>
