@@ -47,8 +47,8 @@ def _pair(radius_word, angle_word):
     """Two independent normals by Box and Muller: the angle is of a whole turn in 32 bits, its first
     two the quadrant, whose sides are an eighth of a turn from the axis."""
     u = radius_word.to(tl.float32) * 2.0**-32 + 2.0**-33
-    log = _log(u)
-    radius = tl.sqrt_rn(tl.where(log > 0, 0.0, log) * -2.0)
+    square = _log(u) * -2.0
+    radius = tl.sqrt_rn(tl.where(square > 0, square, 0.0))
     quadrant = (angle_word + 0x20000000) >> 30
     rest = (angle_word - (quadrant << 30)).to(tl.int32, bitcast=True)
     a = rest.to(tl.float32) * 1.4629180792671596e-09
@@ -93,7 +93,9 @@ def rounded_at_random(value, word, STORED: tl.constexpr):
     if SPARE == 13:
         # Below 2^-14 the neighbours in float16 are 2^-24 apart.
         size = tl.abs(value)
-        steps = tl.floor(size * 2.0**24 + (word & 0xFFFFFF).to(tl.float32) * 2.0**-24) * 2.0**-24
-        out = tl.where(size < 2.0**-14, tl.where(bits >> 31 != 0, -steps, steps), out)
+        low = size < 2.0**-14
+        part = (word & 0xFFFFFF).to(tl.float32) * 2.0**-24
+        steps = (tl.where(low, size, 0.0) * 2.0**24 + part).to(tl.int32).to(tl.float32) * 2.0**-24
+        out = tl.where(low, tl.where(bits >> 31 != 0, -steps, steps), out)
         out = tl.where(size > 65504, value, out)
     return tl.where(value == value, out, value).to(STORED)

@@ -86,7 +86,9 @@ def normals_of(words: Tensor) -> Tensor:
     """``[B, n]`` float32 of words ``[B, n]``, n a multiple of 4: two words make two normals."""
     pairs = words.unflatten(1, (-1, 2))
     u = pairs[..., 0].float() * 2.0**-32 + 2.0**-33
-    radius = torch.sqrt(torch.clamp_min(-2 * _log(u), 0))
+    # A float's square root in double rounds to the right float; torch.sqrt of floats, on the CPU,
+    # is off by a unit for one in six.
+    radius = torch.clamp_min(-2 * _log(u), 0).double().sqrt().float()
     cosine, sine = _turn(pairs[..., 1])
     return torch.stack([radius * cosine, radius * sine], -1).flatten(1)
 

@@ -27,7 +27,7 @@ from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Coefficient, Combination, Program, noise, tensor
 
 Evaluation: TypeAlias = Generator[
-    tuple[Combination, Coefficient], tuple[Combination, Combination], Combination
+    tuple[Combination, Coefficient], tuple[Combination, Combination], formulas.Value
 ]
 Method: TypeAlias = Callable[..., Evaluation]
 

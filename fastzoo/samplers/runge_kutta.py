@@ -1,0 +1,391 @@
+"""What the loops of :mod:`fastzoo.samplers.ode` and :mod:`fastzoo.samplers.per_sample` share.
+
+A state lies in rows ``[R, n]``: one row where all of it takes the same steps, one a sample where
+each takes its own. Time runs upwards inside: tau = ``sign`` t, and steps are above 0.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastzoo import ops
+from fastzoo.samplers.algebra import Program, Tables, tensor
+from fastzoo.samplers.tableaus import EULER, Tableau
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class IntegrationError(RuntimeError):
+    """An integration that could not go on, with what it had reached.
+
+    Attributes:
+        t: the times of ``y``: those asked for and reached, then that of the last step. With a step
+            size a sample ``[B]``, where each sample stood.
+        y: the states then, as :func:`fastzoo.samplers.odeint` returns them; with a step size a
+            sample, one state.
+    """
+
+    def __init__(self, message: str, t: Tensor, y: Any) -> None:
+        super().__init__(message)
+        self.t = t
+        self.y = y
+
+
+class MaxStepsExceeded(IntegrationError):
+    """``max_num_steps`` were taken before the next time that was asked for."""
+
+
+class StepSizeUnderflow(IntegrationError):
+    """The step became too small to move the time."""
+
+
+class NonFiniteDerivative(IntegrationError):
+    """The right-hand side gave infinity or NaN where no smaller step could avoid it."""
+
+
+@dataclass
+class Options:
+    """How an adaptive method chooses its steps."""
+
+    first_step: float | None = None
+    min_step: float = 0.0
+    max_step: float = math.inf
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    max_num_steps: int = 2**31 - 1
+    dtype: torch.dtype = torch.float64
+    step_t: Tensor | None = None
+    jump_t: Tensor | None = None
+    norm: Any = None
+    per_sample: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("first_step", "min_step", "max_step", "safety", "ifactor", "dfactor"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, float(value))
+        self.max_num_steps = int(self.max_num_steps)
+        if self.dtype not in (torch.float64, torch.float32):
+            raise ValueError(f"options dtype: expected float64 or float32, got {self.dtype}")
+
+
+class Layout:
+    """Where the tensors of a state lie in its rows."""
+
+    def __init__(self, y0: Any, per_sample: bool) -> None:
+        self.is_tuple = not isinstance(y0, Tensor)
+        self.per_sample = per_sample
+        tensors = tuple(y0) if isinstance(y0, tuple | list) else (y0,)
+        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise TypeError(f"y0: expected a tensor or a tuple of them, got {type(y0).__name__}")
+        first = tensors[0]
+        for tensor in tensors:
+            if tensor.dtype not in FLOATING:
+                raise TypeError(
+                    "y0: expected float32, float64, float16 or bfloat16, got "
+                    f"{tensor.dtype} (torch.view_as_real makes real numbers of complex ones)"
+                )
+            if (tensor.dtype, tensor.device) != (first.dtype, first.device):
+                raise ValueError("y0: expected tensors of one dtype and device")
+            if per_sample and (tensor.dim() == 0 or len(tensor) != len(first)):
+                raise ValueError("y0: expected [B, ...], a row for each sample, with per_sample")
+        self.dtype, self.device = first.dtype, first.device
+        self.shapes = [tensor.shape for tensor in tensors]
+        self.rows = len(first) if per_sample else 1
+        ends = np.cumsum([0, *(tensor.numel() // max(1, self.rows) for tensor in tensors)]).tolist()
+        self.parts = list(zip(ends, ends[1:], strict=False))
+        self.shape = (self.rows, ends[-1])
+        # A state that is one row already needs no view.
+        self._as_is = not self.is_tuple and self.shapes[0] == self.shape
+
+    def pack(self, state: Any, name: str) -> Tensor:
+        """A state, or its derivative, as rows."""
+        if not self.is_tuple:
+            if not isinstance(state, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(state).__name__}")
+            if state.shape != self.shapes[0]:
+                raise ValueError(
+                    f"{name}: expected y's shape {list(self.shapes[0])}, got {list(state.shape)}"
+                )
+            return state if self._as_is else state.reshape(self.shape)
+        if not isinstance(state, tuple | list) or [s.shape for s in state] != self.shapes:
+            raise ValueError(f"{name}: expected a tuple of tensors with the shapes of y's")
+        return torch.cat([tensor.reshape(self.rows, -1) for tensor in state], 1)
+
+    def unpack(self, rows: Tensor) -> Any:
+        """The state in rows ``[..., R, n]``, each of its tensors with the leading dimensions."""
+        if self._as_is:
+            return rows
+        lead = rows.shape[:-2]
+        if not self.is_tuple:
+            return rows.view((*lead, *self.shapes[0]))
+        return tuple(
+            rows[..., begin:end].reshape((*lead, *shape))
+            for (begin, end), shape in zip(self.parts, self.shapes, strict=True)
+        )
+
+
+class RightHandSide:
+    """``func`` on rows, and the times as it sees them: in the state's dtype, float32 for half
+    precision."""
+
+    def __init__(self, func: Callable[..., Any], layout: Layout, sign: float) -> None:
+        self.func = func
+        self.layout = layout
+        self.sign = sign
+        self.time_dtype = torch.float64 if layout.dtype == torch.float64 else torch.float32
+        self._first: Tensor | None = None
+        self._calls = 0
+        self._reuses_memory = False
+
+    def __call__(self, t: Tensor, rows: Tensor) -> Tensor:
+        layout = self.layout
+        found = layout.pack(self.func(t, layout.unpack(rows)), "func")
+        if found.dtype != layout.dtype:
+            found = found.to(layout.dtype)
+        # A captured model writes every answer to the same memory. The first answer is copied, so
+        # that the second can tell.
+        if self._calls < 2:
+            self._calls += 1
+            if self._first is None:
+                self._first = found
+                return found.clone()
+            self._reuses_memory = found.data_ptr() == self._first.data_ptr()
+            self._first = None
+        return found.clone() if self._reuses_memory else found
+
+    def time(self, tau: float, nudge: int = 0) -> Tensor:
+        """tau as a scalar tensor of t; ``nudge`` -1 or 1 for the number before or after it."""
+        if nudge:
+            tau = self.nudged(tau, nudge)
+        return torch.scalar_tensor(
+            self.sign * tau, dtype=self.time_dtype, device=self.layout.device
+        )
+
+    def times(self, tau: Tensor, nudge: int = 0) -> Tensor:
+        """float64 tau ``[R]`` as t: a scalar of one row, and one for each sample."""
+        t = tau.to(self.time_dtype)
+        if nudge:
+            t = torch.nextafter(t, torch.full_like(t, nudge * math.inf))
+        t = self.sign * t
+        return t if self.layout.per_sample else t.reshape(())
+
+    def nudged(self, tau: float, nudge: int) -> float:
+        if self.time_dtype == torch.float64:
+            return math.nextafter(tau, nudge * math.inf)
+        return float(np.nextafter(np.float32(tau), np.float32(nudge * math.inf)))
+
+
+class _Sum:
+    """``y + h sum_j w_j k_j`` over the k with weights, as one call of ops.ode_step."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.stages = [j for j, weight in enumerate(weights) if weight != 0]
+        names = [f"k{j}" for j in self.stages]
+        total = tensor("y")
+        for j, name in zip(self.stages, names, strict=True):
+            total = total + weights[j] * tensor(name)
+        self.program = Program({"end": total}, like="y", scaled=names)
+
+    def __call__(self, table: Tensor, y: Tensor, k: Sequence[Tensor], factor: Tensor) -> Tensor:
+        tensors = [y, *[k[j] for j in self.stages]]
+        out: Tensor = ops.ode_step(tensors, table, factor=factor, scaled=self.program.scaled)
+        return out
+
+
+class Stages:
+    """A method's sums on a device."""
+
+    def __init__(self, tableau: Tableau, device: torch.device) -> None:
+        self.tableau = tableau
+        rows = list(tableau.stages)
+        if not tableau.ends_in_stage:
+            rows.append(tableau.solution)
+        self._sums = [_Sum(row) for row in rows]
+        tables = Tables([each.program for each in self._sums]).on(device)
+        self._calls = list(zip(self._sums, tables, strict=True))
+
+    def run(
+        self,
+        rhs: "RightHandSide",
+        times: Sequence[Tensor],
+        y: Tensor,
+        first: Tensor,
+        factor: Tensor,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The end of a step and its k; ``times`` are those of the stages after the first."""
+        k, end = [first], y
+        for t, (each, table) in zip(times, self._calls, strict=False):
+            end = each(table, y, k, factor)
+            k.append(rhs(t, end))
+        if not self.tableau.ends_in_stage:
+            each, table = self._calls[-1]
+            end = each(table, y, k, factor)
+        return end, k
+
+
+class DenseOutput:
+    """The quartic of a step, at any fraction x of it."""
+
+    def __init__(self, tableau: Tableau, device: torch.device) -> None:
+        powers = tableau.dense
+        self._sum = _Sum(np.abs(powers).sum(0).tolist())
+        self._table = self._sum.program.table[None]
+        self._powers = powers[:, self._sum.stages]
+        self._device_table, self._device_powers = (
+            torch.from_numpy(array).to(device) for array in (self._table, self._powers)
+        )
+
+    def __call__(
+        self, x: float | Tensor, y: Tensor, k: Sequence[Tensor], factor: Tensor
+    ) -> Tensor:
+        """``x`` a number, or float64 ``[B]`` on the device for as many rows."""
+        count = len(self._sum.stages)
+        if isinstance(x, Tensor):
+            table = self._device_table.repeat(1, len(x), 1, 1)
+            table[0, :, 0, 1 : 1 + count] = _polynomial(x[:, None], self._device_powers)
+        else:
+            host = self._table.copy()
+            host[..., 1 : 1 + count] = _polynomial(x, self._powers)
+            table = torch.from_numpy(host).to(y.device)
+        return self._sum(table, y, k, factor)
+
+
+def _polynomial(x: Any, powers: Any) -> Any:
+    """``sum_p x^(p + 1) powers[p]``, elementwise: the bits of a product of matrices depend on the
+    batch."""
+    total = powers[-1] * x
+    for row in reversed(powers[:-1].unbind() if isinstance(powers, Tensor) else powers[:-1]):
+        total = (total + row) * x
+    return total
+
+
+@dataclass(frozen=True)
+class LeadingParts:
+    """A norm option: the default one, of the first ``count`` tensors of the state alone."""
+
+    count: int
+
+
+class ErrorNorm:
+    """The default norm, root mean square (over a tuple the greatest of its tensors'), or the one
+    that was given."""
+
+    def __init__(self, layout: Layout, rtol: Any, atol: Any, norm: Any) -> None:
+        self._layout = layout
+        tolerances = [_each(name, value, layout) for name, value in (("rtol", rtol), ("atol", atol))]
+        self.least_rtol = min(float(torch.as_tensor(one).min()) for one in tolerances[0])
+        parts = len(layout.parts)
+        if isinstance(norm, LeadingParts):
+            parts, norm = norm.count, None
+        self._parts = layout.parts[:parts]
+        self._norm = norm
+        self._by_part: list[tuple[float, float]] | None = None
+        if norm is None and all(isinstance(one, float) for both in tolerances for one in both):
+            self._by_part = list(zip(*tolerances, strict=True))
+        else:
+            self._rtol, self._atol = (_by_element(both, layout) for both in tolerances)
+
+    @torch.no_grad()
+    def squares(
+        self, y0: Tensor, y1: Tensor, k: Sequence[Tensor], weights: Tensor, factor: Tensor
+    ) -> Tensor:
+        """The square of the norm of ``factor sum_j weights_{2 + j} k_j`` relative to what is
+        tolerated between y0 and y1: float64 ``[R]``."""
+        if self._by_part is None:
+            return self._general(y0, y1, k, weights, factor)
+        found = [
+            ops.step_error(
+                *((y0, y1, k) if end - begin == y0.shape[1] else (
+                    y0[:, begin:end], y1[:, begin:end], [each[:, begin:end] for each in k]
+                )),
+                weights,
+                factor,
+                rtol,
+                atol,
+            )
+            for (begin, end), (rtol, atol) in zip(self._parts, self._by_part, strict=False)
+            if end > begin
+        ]
+        return found[0] if len(found) == 1 else torch.stack(found).amax(0)
+
+    def _general(
+        self, y0: Tensor, y1: Tensor, k: Sequence[Tensor], weights: Tensor, factor: Tensor
+    ) -> Tensor:
+        error = sum(weight * each for weight, each in zip(weights[2:], k, strict=False))
+        allowed = self._atol + self._rtol * torch.maximum(y0.abs(), y1.abs())
+        ratio = factor[:, None] * error / allowed
+        if self._norm is None:
+            parts = [ratio[:, begin:end] for begin, end in self._parts if end > begin]
+            return torch.stack([part.double().square().mean(1) for part in parts]).amax(0)
+        value = self._norm(self._layout.unpack(ratio.to(y0.dtype)))
+        return torch.as_tensor(value, dtype=torch.float64, device=y0.device).square().reshape(1)
+
+
+def _each(name: str, value: Any, layout: Layout) -> list[Any]:
+    """A tolerance for each tensor of the state: a number, or a tensor that broadcasts to it."""
+    given = list(value) if isinstance(value, tuple | list) else [value] * len(layout.parts)
+    if len(given) != len(layout.parts):
+        raise ValueError(f"{name}: expected {len(layout.parts)}, one for each tensor of y0")
+    for one in given:
+        if not isinstance(one, Tensor | float | int):
+            raise TypeError(f"{name}: expected a number or a tensor, got {type(one).__name__}")
+        if isinstance(one, Tensor) and one.requires_grad:
+            raise ValueError(f"{name}: it has no gradient, detach it")
+    return [one if isinstance(one, Tensor) and one.numel() > 1 else float(one) for one in given]
+
+
+def _by_element(each: list[Any], layout: Layout) -> Tensor:
+    """``[R, n]``."""
+    spread = [
+        torch.as_tensor(one, dtype=layout.dtype, device=layout.device).broadcast_to(shape)
+        for one, shape in zip(each, layout.shapes, strict=True)
+    ]
+    return torch.cat([one.reshape(layout.rows, -1) for one in spread], 1)
+
+
+def norm_weights(values: Sequence[float], device: torch.device) -> Tensor:
+    """The weights of k as ops.step_error takes them."""
+    return torch.tensor([0.0, 0.0, *values, *[0.0] * (6 - len(values))], dtype=torch.float64).to(
+        device
+    )
+
+
+@torch.no_grad()
+def first_step(
+    rhs: RightHandSide, norm: ErrorNorm, y: Tensor, f: Tensor, tau: Tensor, order: int
+) -> Tensor:
+    """A step to begin with, float64 ``[R]``, from one more evaluation and without a look at it from
+    the host: Hairer, Norsett & Wanner, II.4."""
+    one = torch.ones(1, dtype=rhs.time_dtype, device=y.device)
+    alone, difference = norm_weights([1.0], y.device), norm_weights([1.0, -1.0], y.device)
+    size = norm.squares(y, y, [y], alone, one).sqrt()
+    slope = norm.squares(y, y, [f], alone, one).sqrt()
+    guess = torch.where((size < 1e-5) | (slope < 1e-5), 1e-6, 0.01 * size / slope)
+    end, _ = Stages(EULER, y.device).run(rhs, (), y, f, (rhs.sign * guess).to(rhs.time_dtype))
+    k = [rhs(rhs.times(tau + guess), end), f]
+    bend = norm.squares(y, y, k, difference, one).sqrt() / guess
+    # fmax: where the trial leaves the domain of f, the slope has to do.
+    most = torch.fmax(slope, bend)
+    smooth = (guess * 1e-3).clamp(min=1e-6)
+    step = torch.where(most <= 1e-15, smooth, (0.01 / most) ** (1 / order))
+    return torch.minimum(100 * guess, step)
+
+
+def underflow_cause(finite: bool, norm: ErrorNorm, dtype: torch.dtype) -> str:
+    """Why steps become too small."""
+    if not finite:
+        return "func gives infinities or NaN however small the step is"
+    rounding = torch.finfo(dtype).eps
+    if norm.least_rtol < 4 * rounding:
+        return (
+            f"rtol = {norm.least_rtol:g} asks for more than {dtype} holds (a rounding is "
+            f"{rounding:g}); raise rtol or integrate in float64"
+        )
+    return "the solution is singular, discontinuous (say where in jump_t) or stiff there"
