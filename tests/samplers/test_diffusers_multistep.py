@@ -327,6 +327,24 @@ def test_unipc_ends_at_the_data(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DPMSolverMultistepScheduler", {"solver_type": "heun"}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}),
+        ("UniPCMultistepScheduler", {"predict_x0": False}),
+    ],
+)
+def test_a_step_of_no_length_stays(name: str, config: dict[str, Any]) -> None:
+    """Karras's last level is the least, and so is the one it ends at."""
+    config = {**config, "solver_order": 3, "lower_order_final": False, "use_karras_sigmas": True}
+    scheduler = getattr(ours, name)(final_sigmas_type="sigma_min", **config)
+    before, after = trajectory(scheduler, initial(), 6)[-2:]
+    if name.startswith("UniPC"):
+        before = scheduler.last_sample
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
     ("name", "config", "steps", "match"),
     [
         ("DPMSolver", {"solver_order": 4}, None, "solver_order: expected 1, 2 or 3"),
