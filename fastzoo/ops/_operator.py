@@ -144,6 +144,24 @@ class Operator:
             raise RuntimeError(f"fastzoo.ops.{self.name}: backend {backend!r} cannot run: {reason}")
         return self.overloads[backend]
 
+    def launcher(self, backend: str | None, device_type: str) -> Callable[..., Any]:
+        """The overload for a loop of many small calls, whose arguments are known to be right:
+        where nothing wants a derivative it passes by the Python of the Autograd key, which costs as
+        much as a small kernel."""
+        overload = self.choose(backend, device_type)
+
+        def launch(*args: Any) -> Any:
+            if (
+                _wants_gradient(args)
+                or _has_tangent(args)
+                or torch._C._are_functorch_transforms_active()
+            ):
+                return overload(*args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args)
+
+        return launch
+
     def beside(self, backend: str | None, device_type: str) -> Any:
         """The overload for a part of a function whose own operator runs on ``backend``: that
         backend where this operator has it, and what ``auto`` would run elsewhere."""

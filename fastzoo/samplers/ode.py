@@ -114,7 +114,7 @@ def odeint(
             state + moved[i] * rhs(rhs.time(times[i]), state)
             for i, state in enumerate(states[1:], 1)
         ]
-    return layout.unpack(torch.stack(states))
+    return layout.unpack(torch.stack(states), len(states))
 
 
 def _check_times(t: object) -> tuple[list[float], float]:
@@ -160,7 +160,9 @@ class _Adaptive:
         device = rhs.layout.device
         self.rhs, self.norm, self.options = rhs, norm, options
         self.order = tableau.order
-        self.nodes = [(node, -1 if node == 1.0 else 0) for node in tableau.nodes]
+        # The last stages stand at the end of the step together.
+        self.nodes = [node for node in tableau.nodes if node != 1.0]
+        self.at_end = len(tableau.nodes) - len(self.nodes)
         self.stages = Stages(tableau, device)
         self.dense = DenseOutput(tableau, device)
         self.used = [j for j, weight in enumerate(tableau.error) if weight != 0]
@@ -210,7 +212,9 @@ class _Adaptive:
                 steps += 1
             states.append(self._evaluate(target))
         if not bool(self.y.isfinite().all()):
-            raise self._stopped(NonFiniteDerivative, states, f"the state overflows before {self._at()}")
+            raise self._stopped(
+                NonFiniteDerivative, states, f"the state overflows before {self._at()}"
+            )
         return states
 
     def _first_step(self) -> float:
@@ -244,7 +248,7 @@ class _Adaptive:
                 end, jumps = self.stops[i]
                 h = end - t
         rhs = self.rhs
-        times = [rhs.time(end if nudge else t + node * h, nudge) for node, nudge in self.nodes]
+        times = self._stage_times(t, end, h)
         factor = self._factor(h)
         y, k = self.stages.run(rhs, times, self.y, self.f, factor)
         used = [k[j] for j in self.used]
@@ -261,6 +265,10 @@ class _Adaptive:
         else:
             self._call_back(2, h)
         self.h = self.rounded(h * self._growth(ratio))
+
+    def _stage_times(self, t: float, end: float, h: float) -> list[Tensor]:
+        time = self.rhs.time
+        return [time(t + node * h) for node in self.nodes] + [time(end, -1)] * self.at_end
 
     def _growth(self, ratio: float) -> float:
         """By what the next step is longer."""
@@ -296,7 +304,7 @@ class _Adaptive:
         if self.t > reached[-1]:
             reached, states = [*reached, self.t], [*states, self.y]
         t = torch.tensor(reached, dtype=torch.float64, device=self.y.device) * self.rhs.sign
-        return kind(message, t, self.rhs.layout.unpack(torch.stack(states)))
+        return kind(message, t, self.rhs.layout.unpack(torch.stack(states), len(states)))
 
 
 def _to_float32(value: float) -> float:

@@ -39,7 +39,7 @@ def integrate_per_sample(
     for name in ("norm", "step_t", "jump_t"):
         if getattr(options, name) is not None:
             raise ValueError(f"options {name}: not with per_sample")
-    device, count = y.device, len(times)
+    device, count, spread = y.device, len(times), rhs.layout.spread
     stages = Stages(tableau, device)
     dense = DenseOutput(tableau, device)
     used = [j for j, weight in enumerate(tableau.error) if weight != 0]
@@ -69,11 +69,13 @@ def integrate_per_sample(
             factor = (rhs.sign * h).to(rhs.time_dtype)
         end, k = stages.run(rhs, at, y, f, factor)
         with torch.no_grad():
-            ratio = norm.squares(y, end, [k[j] for j in used], weights, factor).sqrt()
+            used_k = [k[j] for j in used]
+            ratio = norm.squares(y, end, used_k, weights, factor).sqrt()
             forced = (h <= options.min_step) & ~ratio.isnan()
             accepted = active & ~stuck & ((ratio <= 1) | forced)
-            before, reached = reached, torch.where(
-                accepted, torch.searchsorted(targets, ends, right=True), reached
+            before, reached = (
+                reached,
+                torch.where(accepted, torch.searchsorted(targets, ends, right=True), reached),
             )
             lowest = torch.where(accepted, before, count).amin()
             read = torch.stack([lowest, reached.amax(), (reached < count).any(), stuck.any()])
@@ -82,11 +84,11 @@ def integrate_per_sample(
         for j in range(first, last):
             passed = accepted & (before <= j) & (j < reached)
             x = torch.where(passed, (targets[j] - tau) / h, 0)
-            states[j] = torch.where(passed[:, None], dense(x, y, k, factor), states[j])
+            states[j] = torch.where(spread(passed), dense(x, y, k, factor), states[j])
         if failed:
             raise _stuck(rhs, norm, tau, h, y, stuck, ratio)
-        y = torch.where(accepted[:, None], end, y)
-        f = torch.where(accepted[:, None], k[-1], f)
+        y = torch.where(spread(accepted), end, y)
+        f = torch.where(spread(accepted), k[-1], f)
         tau = torch.where(accepted, ends, tau)
         h = h * growth(ratio, tableau.order, options)
         steps += 1

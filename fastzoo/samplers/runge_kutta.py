@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastzoo import ops
+from fastzoo.ops._operator import OPERATORS
 from fastzoo.samplers.algebra import Program, Tables, tensor
 from fastzoo.samplers.tableaus import EULER, Tableau
 
@@ -76,36 +76,36 @@ class Options:
 
 
 class Layout:
-    """Where the tensors of a state lie in its rows."""
+    """The one tensor that a state is integrated as: itself, or those of a tuple side by side,
+    ``[n]``, and ``[B, n]`` with steps per sample."""
 
     def __init__(self, y0: Any, per_sample: bool) -> None:
         self.is_tuple = not isinstance(y0, Tensor)
         self.per_sample = per_sample
         tensors = tuple(y0) if isinstance(y0, tuple | list) else (y0,)
-        if not tensors or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        if not tensors or not all(isinstance(each, Tensor) for each in tensors):
             raise TypeError(f"y0: expected a tensor or a tuple of them, got {type(y0).__name__}")
         first = tensors[0]
-        for tensor in tensors:
-            if tensor.dtype not in FLOATING:
+        for each in tensors:
+            if each.dtype not in FLOATING:
                 raise TypeError(
                     "y0: expected float32, float64, float16 or bfloat16, got "
-                    f"{tensor.dtype} (torch.view_as_real makes real numbers of complex ones)"
+                    f"{each.dtype} (torch.view_as_real makes real numbers of complex ones)"
                 )
-            if (tensor.dtype, tensor.device) != (first.dtype, first.device):
+            if (each.dtype, each.device) != (first.dtype, first.device):
                 raise ValueError("y0: expected tensors of one dtype and device")
-            if per_sample and (tensor.dim() == 0 or len(tensor) != len(first)):
+            if per_sample and (each.dim() == 0 or len(each) != len(first)):
                 raise ValueError("y0: expected [B, ...], a row for each sample, with per_sample")
         self.dtype, self.device = first.dtype, first.device
-        self.shapes = [tensor.shape for tensor in tensors]
-        self.rows = len(first) if per_sample else 1
-        ends = np.cumsum([0, *(tensor.numel() // max(1, self.rows) for tensor in tensors)]).tolist()
+        self.shapes = [each.shape for each in tensors]
+        self.lead = (len(first),) if per_sample else ()
+        self._as_is = not self.is_tuple and first.dim() > 0
+        rows = max((1, *self.lead))
+        ends = np.cumsum([0, *(each.numel() // rows for each in tensors)]).tolist()
         self.parts = list(zip(ends, ends[1:], strict=False))
-        self.shape = (self.rows, ends[-1])
-        # A state that is one row already needs no view.
-        self._as_is = not self.is_tuple and self.shapes[0] == self.shape
 
     def pack(self, state: Any, name: str) -> Tensor:
-        """A state, or its derivative, as rows."""
+        """A state, or its derivative, as the tensor."""
         if not self.is_tuple:
             if not isinstance(state, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(state).__name__}")
@@ -113,22 +113,34 @@ class Layout:
                 raise ValueError(
                     f"{name}: expected y's shape {list(self.shapes[0])}, got {list(state.shape)}"
                 )
-            return state if self._as_is else state.reshape(self.shape)
+            return state if self._as_is else state.reshape(1)
         if not isinstance(state, tuple | list) or [s.shape for s in state] != self.shapes:
             raise ValueError(f"{name}: expected a tuple of tensors with the shapes of y's")
-        return torch.cat([tensor.reshape(self.rows, -1) for tensor in state], 1)
+        return torch.cat([each.reshape((*self.lead, -1)) for each in state], -1)
 
-    def unpack(self, rows: Tensor) -> Any:
-        """The state in rows ``[..., R, n]``, each of its tensors with the leading dimensions."""
+    def unpack(self, packed: Tensor, *times: int) -> Any:
+        """The state, or the states of as many times."""
         if self._as_is:
-            return rows
-        lead = rows.shape[:-2]
+            return packed
         if not self.is_tuple:
-            return rows.view((*lead, *self.shapes[0]))
+            return packed.view(times)
         return tuple(
-            rows[..., begin:end].reshape((*lead, *shape))
+            packed[..., begin:end].reshape((*times, *shape))
             for (begin, end), shape in zip(self.parts, self.shapes, strict=True)
         )
+
+    def rows(self, packed: Tensor, part: int) -> Tensor:
+        """A tensor of the state as ``[1, n]``, or ``[B, n]`` with steps per sample."""
+        if self.is_tuple:
+            begin, end = self.parts[part]
+            packed = packed[..., begin:end]
+        elif self.per_sample:
+            return packed
+        return packed.reshape((*self.lead, -1) if self.per_sample else (1, -1))
+
+    def spread(self, each: Tensor) -> Tensor:
+        """A number of each sample ``[B]``, so that it broadcasts to the tensor."""
+        return each.reshape(self.lead + (1,) * (1 if self.is_tuple else len(self.shapes[0]) - 1))
 
 
 class RightHandSide:
@@ -182,21 +194,58 @@ class RightHandSide:
         return float(np.nextafter(np.float32(tau), np.float32(nudge * math.inf)))
 
 
+class Kernels:
+    """ops.ode_step and ops.step_error as a loop calls them: the arguments that never change are
+    made once, and what the loop made itself is not checked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sum, self._error = (
+            OPERATORS[name].launcher(None, device.type) for name in ("ode_step", "step_error")
+        )
+        none = torch.empty(0, device=device)
+        indices = torch.empty(0, dtype=torch.int64, device=device)
+        self._absent = [(none,) * count for count in range(9)]
+        self._rest = (none, indices)
+        self._step = indices
+
+    def sum(self, tensors: list[Tensor], table: Tensor, factor: Tensor, scaled: int) -> Tensor:
+        out: Tensor = self._sum(
+            *tensors,
+            *self._absent[8 - len(tensors)],
+            table,
+            self._step,
+            factor,
+            *self._rest,
+            scaled,
+            0,
+            False,
+        )[0]
+        return out
+
+    def error(
+        self, tensors: list[Tensor], weights: Tensor, factor: Tensor, rtol: float, atol: float
+    ) -> Tensor:
+        absent = self._absent[8 - len(tensors)]
+        found: Tensor = self._error(*tensors, *absent, weights, factor, rtol, atol)
+        return found
+
+
 class _Sum:
     """``y + h sum_j w_j k_j`` over the k with weights, as one call of ops.ode_step."""
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float], kernels: Kernels) -> None:
         self.stages = [j for j, weight in enumerate(weights) if weight != 0]
         names = [f"k{j}" for j in self.stages]
         total = tensor("y")
         for j, name in zip(self.stages, names, strict=True):
             total = total + weights[j] * tensor(name)
         self.program = Program({"end": total}, like="y", scaled=names)
+        self._scaled = sum(1 << position for position in self.program.scaled)
+        self._kernels = kernels
 
     def __call__(self, table: Tensor, y: Tensor, k: Sequence[Tensor], factor: Tensor) -> Tensor:
         tensors = [y, *[k[j] for j in self.stages]]
-        out: Tensor = ops.ode_step(tensors, table, factor=factor, scaled=self.program.scaled)
-        return out
+        return self._kernels.sum(tensors, table, factor, self._scaled)
 
 
 class Stages:
@@ -207,7 +256,8 @@ class Stages:
         rows = list(tableau.stages)
         if not tableau.ends_in_stage:
             rows.append(tableau.solution)
-        self._sums = [_Sum(row) for row in rows]
+        kernels = Kernels(device)
+        self._sums = [_Sum(row, kernels) for row in rows]
         tables = Tables([each.program for each in self._sums]).on(device)
         self._calls = list(zip(self._sums, tables, strict=True))
 
@@ -235,7 +285,7 @@ class DenseOutput:
 
     def __init__(self, tableau: Tableau, device: torch.device) -> None:
         powers = tableau.dense
-        self._sum = _Sum(np.abs(powers).sum(0).tolist())
+        self._sum = _Sum(np.abs(powers).sum(0).tolist(), Kernels(device))
         self._table = self._sum.program.table[None]
         self._powers = powers[:, self._sum.stages]
         self._device_table, self._device_powers = (
@@ -281,49 +331,43 @@ class ErrorNorm:
         self._layout = layout
         tolerances = [_each(name, value, layout) for name, value in (("rtol", rtol), ("atol", atol))]
         self.least_rtol = min(float(torch.as_tensor(one).min()) for one in tolerances[0])
-        parts = len(layout.parts)
+        count = len(layout.parts)
         if isinstance(norm, LeadingParts):
-            parts, norm = norm.count, None
-        self._parts = layout.parts[:parts]
+            count, norm = norm.count, None
+        self._parts = [j for j, (begin, end) in enumerate(layout.parts[:count]) if end > begin]
         self._norm = norm
-        self._by_part: list[tuple[float, float]] | None = None
+        self._kernels = Kernels(layout.device)
+        self._by_part: list[tuple[int, tuple[float, float]]] | None = None
         if norm is None and all(isinstance(one, float) for both in tolerances for one in both):
-            self._by_part = list(zip(*tolerances, strict=True))
+            by_part = list(zip(*tolerances, strict=True))
+            self._by_part = [(j, by_part[j]) for j in self._parts]
         else:
             self._rtol, self._atol = (_by_element(both, layout) for both in tolerances)
 
-    @torch.no_grad()
     def squares(
         self, y0: Tensor, y1: Tensor, k: Sequence[Tensor], weights: Tensor, factor: Tensor
     ) -> Tensor:
         """The square of the norm of ``factor sum_j weights_{2 + j} k_j`` relative to what is
-        tolerated between y0 and y1: float64 ``[R]``."""
+        tolerated between y0 and y1: float64 ``[1]``, or ``[B]`` with steps per sample."""
         if self._by_part is None:
             return self._general(y0, y1, k, weights, factor)
+        rows, error = self._layout.rows, self._kernels.error
         found = [
-            ops.step_error(
-                *((y0, y1, k) if end - begin == y0.shape[1] else (
-                    y0[:, begin:end], y1[:, begin:end], [each[:, begin:end] for each in k]
-                )),
-                weights,
-                factor,
-                rtol,
-                atol,
-            )
-            for (begin, end), (rtol, atol) in zip(self._parts, self._by_part, strict=False)
-            if end > begin
+            error([rows(each, part) for each in (y0, y1, *k)], weights, factor, rtol, atol)
+            for part, (rtol, atol) in self._by_part
         ]
         return found[0] if len(found) == 1 else torch.stack(found).amax(0)
 
+    @torch.no_grad()
     def _general(
         self, y0: Tensor, y1: Tensor, k: Sequence[Tensor], weights: Tensor, factor: Tensor
     ) -> Tensor:
         error = sum(weight * each for weight, each in zip(weights[2:], k, strict=False))
         allowed = self._atol + self._rtol * torch.maximum(y0.abs(), y1.abs())
-        ratio = factor[:, None] * error / allowed
+        ratio = self._layout.spread(factor) * error / allowed
         if self._norm is None:
-            parts = [ratio[:, begin:end] for begin, end in self._parts if end > begin]
-            return torch.stack([part.double().square().mean(1) for part in parts]).amax(0)
+            parts = [self._layout.rows(ratio, part) for part in self._parts]
+            return torch.stack([part.double().square().flatten(1).mean(1) for part in parts]).amax(0)
         value = self._norm(self._layout.unpack(ratio.to(y0.dtype)))
         return torch.as_tensor(value, dtype=torch.float64, device=y0.device).square().reshape(1)
 
@@ -342,12 +386,12 @@ def _each(name: str, value: Any, layout: Layout) -> list[Any]:
 
 
 def _by_element(each: list[Any], layout: Layout) -> Tensor:
-    """``[R, n]``."""
-    spread = [
+    """Like the state."""
+    spread = tuple(
         torch.as_tensor(one, dtype=layout.dtype, device=layout.device).broadcast_to(shape)
         for one, shape in zip(each, layout.shapes, strict=True)
-    ]
-    return torch.cat([one.reshape(layout.rows, -1) for one in spread], 1)
+    )
+    return layout.pack(spread if layout.is_tuple else spread[0], "tolerances")
 
 
 def norm_weights(values: Sequence[float], device: torch.device) -> Tensor:

@@ -217,3 +217,22 @@ def test_a_gradient_does_not_see_what_a_weight_of_zero_hides() -> None:
     assert torch.equal(of_hidden, torch.zeros(2, 3))
     inside = (2 * x).abs() <= 1
     assert torch.equal(of_x, torch.where(inside, 2.5, 0.5))
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cpu", "cuda")])
+def test_what_steers_a_sample_is_of_it_alone(backend: str) -> None:
+    """Long samples, which several blocks or threads share, have the same bits in any batch."""
+    x, y, k = (values(9, 4001, seed=seed).to(DEVICE).double() for seed in range(3))
+    weights = torch.tensor([0, 0, 0.5, 0, 0, 0, 0, 0], dtype=torch.float64, device=DEVICE)
+    step_size = torch.ones(1, dtype=torch.float64, device=DEVICE)
+
+    def of(part: slice) -> tuple[Tensor, Tensor]:
+        a, b, c = x[part], y[part], k[part]
+        return (
+            ops.guidance_factor(a, b, 7.5, 0.7, backend=backend),
+            ops.step_error(a, b, [c], weights, step_size, 1e-3, 1e-4, backend=backend),
+        )
+
+    alone = [of(slice(b, b + 1)) for b in range(len(x))]
+    for whole, parts in zip(of(slice(None)), zip(*alone, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))

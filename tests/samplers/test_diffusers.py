@@ -1,5 +1,6 @@
 """Whole runs beside diffusers' own schedulers, computed in float64 throughout."""
 
+import functools
 import importlib
 import inspect
 import sys
@@ -281,6 +282,42 @@ def test_runs_end() -> None:
         scheduler.step(x, scheduler.timesteps[-1], x)
 
 
+class OnDevice(Tensor):
+    """Stands for a tensor of a GPU, whose values one does not read without waiting for it."""
+
+    is_cpu = False
+
+    def item(self) -> Any:
+        raise AssertionError("read a value on a device")
+
+    tolist = __bool__ = __float__ = __int__ = __index__ = item
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("copies", [False, True])
+def test_no_timestep_on_a_device_is_read(name: str, copies: bool) -> None:
+    x = initial(torch.float32)
+    expected = ready(name, 6)
+    found = ready(name, 6)
+    seeds = {} if name.startswith("Flow") else {"seeds": 4}
+    found.timesteps = found._shown_timesteps = found.timesteps.as_subclass(OnDevice)
+    if copies:
+        # No part of the scheduler's own timesteps, so that only their order tells.
+        found.set_begin_index(2)
+    y = x
+    for i in range(2, 6):
+        t = expected.timesteps[i]
+        on_device = found.timesteps[i]
+        if copies:
+            on_device = on_device.as_subclass(Tensor).clone().as_subclass(OnDevice)
+        for scheduler in (expected, found):
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t if scheduler is expected else on_device)
+        x = expected.step(model(x, i), t, x, **seeds).prev_sample
+        y = found.step(model(y, i), on_device, y, **seeds).prev_sample
+    assert torch.equal(x, y)
+
+
 def test_assigned_levels_are_taken() -> None:
     scheduler = ready("EulerDiscreteScheduler", 4)
     scheduler.sigmas = scheduler.sigmas / 2
@@ -479,6 +516,21 @@ def test_gradients_reach_the_model() -> None:
     of_x0 = -((1 - a) / a).sqrt()
     expected = of_x0 * (b.sqrt() + 1) + (1 - b).sqrt()
     torch.testing.assert_close(out.grad, expected.expand_as(x), rtol=1e-10, atol=0)
+
+
+def test_x0_is_computed_when_read() -> None:
+    x = initial(torch.float32)
+    out = model(x, 0)
+    for options in ({"eta": 0.5, "seeds": 3}, {}):
+        step = functools.partial(ready("DDIMScheduler", **DYNAMIC).step, out, 800, **options)
+        found, both = step(x), step(x, return_dict=False)
+        assert torch.equal(found.pred_original_sample, both[1])
+        assert torch.equal(found.prev_sample, both[0])
+        late = step(x)
+        x.add_(0.5)
+        with pytest.raises(RuntimeError, match="changed in place since"):
+            late.to_tuple()
+        assert torch.equal(found[1], both[1])
 
 
 def test_outputs_read_as_diffusers() -> None:

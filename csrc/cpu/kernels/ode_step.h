@@ -10,7 +10,7 @@
 namespace fastzoo::cpu {
 
 // Elements of a tile at most: of a piece of a long sample, and of several short ones.
-constexpr int64_t kStepTile = 2048;
+constexpr int64_t kStepTile = 1024;
 constexpr int64_t kShortTile = 512;
 
 // Samples of `size` elements each in tiles: of several whole ones where they are short, and else of

@@ -60,24 +60,58 @@ DIFFUSERS = _diffusers()
 
 
 class SchedulerOutput:
-    """``prev_sample`` and ``pred_original_sample``: by attribute, by name, by number."""
+    """``prev_sample`` and ``pred_original_sample``: by attribute, by name, by number.
 
-    __slots__ = ("pred_original_sample", "prev_sample")
+    The latter may be a function, which is called when it is first read: few loops read x0, and
+    writing it is a quarter of a step's time.
+    """
 
-    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor | None = None) -> None:
+    __slots__ = ("_x0", "prev_sample")
+
+    def __init__(
+        self,
+        prev_sample: Tensor,
+        pred_original_sample: Tensor | Callable[[], Tensor] | None = None,
+    ) -> None:
         self.prev_sample = prev_sample
-        self.pred_original_sample = pred_original_sample
+        self._x0 = pred_original_sample
+
+    @property
+    def pred_original_sample(self) -> Tensor | None:
+        if callable(self._x0):
+            self._x0 = self._x0()
+        return self._x0
 
     def to_tuple(self) -> tuple[Tensor, ...]:
-        if self.pred_original_sample is None:
-            return (self.prev_sample,)
-        return self.prev_sample, self.pred_original_sample
+        x0 = self.pred_original_sample
+        return (self.prev_sample,) if x0 is None else (self.prev_sample, x0)
 
     def __getitem__(self, which: str | int | slice) -> Any:
+        if which in (0, "prev_sample"):
+            return self.prev_sample
         return getattr(self, which) if isinstance(which, str) else self.to_tuple()[which]
 
     def __len__(self) -> int:
-        return len(self.to_tuple())
+        return 1 if self._x0 is None else 2
+
+
+def _unchanged(tensors: list[Tensor], compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Computes later what these tensors give now, or says that they were written to."""
+
+    def versions() -> list[int]:
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+    before = versions()
+
+    def later() -> Tensor:
+        if versions() != before:
+            raise RuntimeError(
+                "pred_original_sample: a tensor given to step was changed in place since; read "
+                "it before that, or take it with return_dict=False"
+            )
+        return compute()
+
+    return later
 
 
 if DIFFUSERS is None:
@@ -444,6 +478,7 @@ class Scheduler:
         seeds: Any = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        later: bool = False,
     ) -> Any:
         """The values of the step's rows, the next sample first.
 
@@ -455,6 +490,7 @@ class Scheduler:
             noise_dtype: what noise is drawn in; None for the model output's.
             guidance_scale, guidance_rescale: of classifier-free guidance; the model's output is
                 then of twice the batch, the unconditional half first.
+            later: of a step whose rows are x0 and the next sample: x0 is what computes it.
         """
         index = self._place(timestep)
         like = "sample"
@@ -497,9 +533,18 @@ class Scheduler:
         if peek is not None:
             x0 = peek(tensors, peek_table, factor=more.get("factor"))
             more["threshold"] = self._threshold(x0)
-        result = program(tensors, table, **more)
+        inputs = [tensors[name] for name in program.inputs]
+        step = functools.partial(ops.ode_step, inputs, table, scaled=program.scaled, **more)
         self._step_index = index + 1
-        return result if program.keep else (result,)
+        if later:
+            return step(), _unchanged(inputs, lambda: step(keep=program.keep)[1])
+        return step(keep=program.keep) if program.keep else (step(),)
+
+    def _step(self, return_dict: bool, *args: Any, **more: Any) -> Any:
+        """The output of a step whose rows are x0 and the next sample."""
+        if not return_dict:
+            return self._advance(*args, **more)
+        return SchedulerOutput(*self._advance(*args, later=True, **more))
 
     def _mixed(
         self, what: str, row: Combination, x: Tensor, noise: Tensor, places: Tensor | int

@@ -9,7 +9,6 @@ from torch import Tensor
 from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Combination, tensor
 from fastzoo.samplers.diffusers.base import (
-    SchedulerOutput,
     parent,
     register_to_config,
 )
@@ -110,7 +109,8 @@ class DDIMScheduler(VariancePreserving, parent("DDIMScheduler")):  # type: ignor
             raise ValueError("step: call set_timesteps first")
         if variance_noise is not None and (generator is not None or seeds is not None):
             raise ValueError("variance_noise: not together with generator or seeds")
-        prev_sample, x0 = self._advance(
+        return self._step(
+            return_dict,
             model_output,
             timestep,
             sample,
@@ -121,4 +121,3 @@ class DDIMScheduler(VariancePreserving, parent("DDIMScheduler")):  # type: ignor
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
         )
-        return SchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Combination, tensor
-from fastzoo.samplers.diffusers.base import SchedulerOutput, parent, randn, register_to_config
+from fastzoo.samplers.diffusers.base import parent, randn, register_to_config
 from fastzoo.samplers.diffusers.noise_levels import VariancePreserving, spaced
 
 _SMALL = ("fixed_small", "fixed_small_log")
@@ -153,7 +153,8 @@ class DDPMScheduler(VariancePreserving, parent("DDPMScheduler")):  # type: ignor
                     noise = self._counter_noise(seeds, sample, place + 1)
                 # With guidance it is the conditional prediction's.
                 noise = noise * self._learned_std(variance[-len(sample) :], place)
-        prev_sample, x0 = self._advance(
+        return self._step(
+            return_dict,
             model_output,
             timestep,
             sample,
@@ -163,4 +164,3 @@ class DDPMScheduler(VariancePreserving, parent("DDPMScheduler")):  # type: ignor
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
         )
-        return SchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)

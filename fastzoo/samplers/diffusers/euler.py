@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Combination, tensor
-from fastzoo.samplers.diffusers.base import SchedulerOutput, parent, register_to_config
+from fastzoo.samplers.diffusers.base import parent, register_to_config
 from fastzoo.samplers.diffusers.noise_levels import (
     VarianceExploding,
     check_conversion,
@@ -169,7 +169,8 @@ class EulerDiscreteScheduler(VarianceExploding, parent("EulerDiscreteScheduler")
         if s_churn > 0 and seeds is not None:
             # It is part of x0 too, and a kernel's own noise is of its last row alone.
             noise = self._counter_noise(seeds, sample, self._place(timestep) + 1)
-        prev_sample, x0 = self._advance(
+        return self._step(
+            return_dict,
             model_output,
             timestep,
             sample,
@@ -180,4 +181,3 @@ class EulerDiscreteScheduler(VarianceExploding, parent("EulerDiscreteScheduler")
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
         )
-        return SchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)

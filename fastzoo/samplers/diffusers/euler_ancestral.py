@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Combination, tensor
-from fastzoo.samplers.diffusers.base import SchedulerOutput, parent, register_to_config
+from fastzoo.samplers.diffusers.base import parent, register_to_config
 from fastzoo.samplers.diffusers.noise_levels import VarianceExploding, spaced
 
 
@@ -68,7 +68,8 @@ class EulerAncestralDiscreteScheduler(
     ) -> Any:
         """The sample at the next noise level; see ``docs/samplers/diffusers.md``."""
         self._check_step(timestep)
-        prev_sample, x0 = self._advance(
+        return self._step(
+            return_dict,
             model_output,
             timestep,
             sample,
@@ -77,4 +78,3 @@ class EulerAncestralDiscreteScheduler(
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
         )
-        return SchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
