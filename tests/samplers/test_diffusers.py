@@ -505,6 +505,15 @@ def test_zero_terminal_snr(name: str) -> None:
         assert run(ready(name, **config, prediction_type=prediction), x).isfinite().all()
 
 
+def test_a_level_of_zero_stays() -> None:
+    ends = []
+    for sigmas in ([3.0, 1.0, 0.0], [3.0, 1.0, 0.0, 0.0]):
+        scheduler = ours.EulerDiscreteScheduler()
+        scheduler.set_timesteps(sigmas=sigmas)
+        ends.append(run(scheduler, initial(torch.float32)))
+    assert torch.equal(*ends)
+
+
 def test_gradients_reach_the_model() -> None:
     x = initial()
     out = model(x, 0).requires_grad_()

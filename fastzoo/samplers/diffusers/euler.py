@@ -145,6 +145,9 @@ class EulerDiscreteScheduler(VarianceExploding, parent("EulerDiscreteScheduler")
             x = x + s_noise * added * noise
         # diffusers reads v at the level without the churn.
         x0 = self._denoised_at(x, output, hat, sigma)
+        # From 0 to 0 is no step; any level has the limit.
+        stays = (hat == 0) & (next_sigma == 0)
+        hat, next_sigma = numpy.where(stays, 1, hat), numpy.where(stays, 1, next_sigma)
         return {"x0": x0, "prev_sample": formulas.euler(x, tensor("x0"), hat, next_sigma)}
 
     def step(
