@@ -380,6 +380,18 @@ def test_errors(name: str, config: dict[str, Any], steps: Any, match: str) -> No
         getattr(ours, kind)(**config).set_timesteps(**arguments(steps))
 
 
+def test_heun_gives_x0_at_both_calls() -> None:
+    both = [library.HeunDiscreteScheduler() for library in (ours, diffusers)]
+    for scheduler in both:
+        scheduler.set_timesteps(3)
+    x = initial(torch.float32)
+    for i, t in enumerate(both[0].timesteps):
+        found, expected = (s.step(model(x, i), t, x) for s in both)
+        assert both[0].state_in_first_order == both[1].state_in_first_order
+        check_close([found.pred_original_sample], [expected.pred_original_sample.double()], 1e-5)
+        x = found.prev_sample
+
+
 def test_errors_of_a_step() -> None:
     x = initial(torch.float32)
     for name in MULTISTEP[::2]:
