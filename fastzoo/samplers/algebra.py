@@ -93,8 +93,8 @@ class Program:
         draw: where there is no noise, the number of the draw by which a call may round.
 
     Raises:
-        ValueError: more than eight tensors, noise but for one in the last row, a coefficient that
-            is not finite.
+        ValueError: more than eight tensors, noise but for one in the last row, a row with a
+            tensor's name, a coefficient that is not finite.
     """
 
     def __init__(
@@ -108,6 +108,10 @@ class Program:
         draw: int = 0,
     ) -> None:
         names = list(rows)
+        if like in names or any(
+            term in names[r:] for r, row in enumerate(rows.values()) for term in row.terms
+        ):
+            raise ValueError(f"a row has the name of a tensor that is read: rows {names}")
         inputs = [like]
         for row in rows.values():
             inputs += [

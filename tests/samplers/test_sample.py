@@ -287,7 +287,7 @@ def test_one_step_is_captured_once_and_finds_its_row() -> None:
     for step, (sigma, after) in enumerate(itertools.pairwise(SIGMAS[:-1])):
         down, up = formulas.ancestral(sigma, after)
         row = formulas.euler(x, model, sigma, down) + up * drawn(1 + 2 * step)
-        programs.append(Program({"x": row}, "x"))
+        programs.append(Program({"next": row}, "x"))
     table = stacked(programs).to(DEVICE)
     counter = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     keys, state = ops.counter_keys(1, 3, DEVICE), latents()
@@ -358,12 +358,14 @@ def test_a_wrong_argument_is_named(
 
 def test_a_coefficient_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="coefficient of model"):
-        Program({"x": tensor("x") + tensor("model") * float("inf")}, "x")
+        Program({"next": tensor("x") + tensor("model") * float("inf")}, "x")
     names = [tensor(f"t{k}") for k in range(9)]
     with pytest.raises(ValueError, match="8 tensors"):
-        Program({"x": sum(names[1:], names[0])}, "t0")
+        Program({"next": sum(names[1:], names[0])}, "t0")
     with pytest.raises(ValueError, match="one noise"):
-        Program({"x": drawn(1) + drawn(2)}, "x")
+        Program({"next": drawn(1) + drawn(2)}, "x")
+    with pytest.raises(ValueError, match="name of a tensor"):
+        Program({"x": 2.0 * tensor("x")}, "x")
     with pytest.raises(ValueError, match="zero terminal"):
         formulas.denoised("epsilon", tensor("x"), tensor("model"), 0.0, 1.0)
     zero_snr = formulas.denoised("v", tensor("x"), tensor("model"), 0.0, 1.0)
