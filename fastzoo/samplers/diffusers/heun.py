@@ -115,7 +115,10 @@ class HeunDiscreteScheduler(VarianceExploding, parent("HeunDiscreteScheduler")):
     ) -> Any:
         """The sample at the next timestep; see ``docs/samplers/diffusers.md``."""
         call = (model_output, timestep, sample)
-        guidance = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
+        guidance: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+        }
         if self._place(timestep) % 2 == 0:
             prev_sample, x0 = self._advance(*call, **guidance)
             self._start = sample, x0
