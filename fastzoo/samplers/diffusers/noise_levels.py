@@ -18,6 +18,10 @@ _LEAST_SHARE = 2.0**-24
 _LEAST_SIGMA = 1e-10
 
 
+def _exponential_share(t: float) -> float:
+    return math.exp(-12 * t)
+
+
 def _laplace_share(t: float) -> float:
     half = 0.5 - t
     log_snr = -0.5 * math.copysign(1, half) * math.log(1 - 2 * abs(half) + 1e-6)
@@ -37,19 +41,21 @@ def betas(config: Any) -> Tensor:
         found = schedules.scaled_linear_betas(count, start, end)
     elif schedule == "squaredcos_cap_v2":
         found = schedules.cosine_betas(count)
-    elif schedule == "laplace":
-        shares = [_laplace_share(i / count) for i in range(count + 1)]
-        bar = torch.tensor(shares, dtype=torch.float64)
+    elif schedule in ("exp", "laplace"):
+        share = _laplace_share if schedule == "laplace" else _exponential_share
+        bar = torch.tensor([share(i / count) for i in range(count + 1)], dtype=torch.float64)
         found = (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
     elif schedule == "sigmoid":
         ramp = torch.linspace(-6, 6, count, dtype=torch.float64)
         found = ramp.sigmoid() * (end - start) + start
     else:
         raise ValueError(
-            "beta_schedule: expected 'linear', 'scaled_linear', 'squaredcos_cap_v2', 'laplace' or "
-            f"'sigmoid', got {schedule!r}"
+            "beta_schedule: expected 'linear', 'scaled_linear', 'squaredcos_cap_v2', 'exp', "
+            f"'laplace' or 'sigmoid', got {schedule!r}"
         )
-    return schedules.rescale_zero_terminal_snr(found) if config.rescale_betas_zero_snr else found
+    if getattr(config, "rescale_betas_zero_snr", False):
+        found = schedules.rescale_zero_terminal_snr(found)
+    return found
 
 
 def spaced(config: Any, n: int, *, whole: bool) -> numpy.ndarray:
@@ -150,7 +156,7 @@ class VarianceExploding(Trained):
 
     def _set_noise_levels(self) -> None:
         super()._set_noise_levels()
-        if self.config.rescale_betas_zero_snr:
+        if getattr(self.config, "rescale_betas_zero_snr", False):
             self._alphas_bar[-1] = self.alphas_cumprod[-1] = _LEAST_SHARE
         self._training = schedules.noise_levels(self._alphas_bar).numpy()
         self.is_scale_input_called = False
