@@ -172,8 +172,6 @@ def dpm_solver_pp(
     if numpy.all(numpy.asarray(next_sigma) == 0):
         return next_alpha * x0
     h = log_snr(next_alpha, next_sigma) - log_snr(alpha, sigma)
-    if numpy.all(h == 0):
-        return x
     whole = h * (1 + eta)
     phi_1 = -numpy.expm1(-whole)
     result = (next_sigma / sigma * numpy.exp(-eta * h)) * x + (next_alpha * phi_1) * x0
@@ -224,8 +222,6 @@ def dpm_solver(
     if numpy.all(numpy.asarray(next_sigma) == 0):
         return (next_alpha / alpha) * (x - sigma * eps)
     h = log_snr(next_alpha, next_sigma) - log_snr(alpha, sigma)
-    if numpy.all(h == 0):
-        return x
     drift = next_sigma * (1.0 if noise is None else 2.0)
     phi_1 = numpy.expm1(h)
     result = (next_alpha / alpha) * x - (drift * phi_1) * eps
@@ -264,8 +260,6 @@ def unipc(
         return next_alpha * (denoised("epsilon", x, value, alpha, sigma) if of_noise else value)
     here = log_snr(alpha, sigma)
     h = log_snr(next_alpha, next_sigma) - here
-    if numpy.all(h == 0):
-        return x
     if of_noise:
         z, ratio, scale = h, next_alpha / alpha, next_sigma
     else:
