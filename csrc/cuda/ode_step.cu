@@ -154,45 +154,39 @@ struct Step {
   }
 };
 
-// Calls body(E{}) with the type of a tensor's elements.
-template <class Body>
-FASTZOO_DEVICE void with_element(Element element, const Body& body) {
-  if (element == Element::float32) {
+// Calls body(E{}) with the type of a tensor's elements, which is T unless they are `mixed`.
+template <bool mixed, class T, class Body>
+FASTZOO_DEVICE void with_element(const Step<T>& in, int k, const Body& body) {
+  if constexpr (!mixed) {
+    body(T{});
+  } else if (in.element(k) == Element::float32) {
     body(float{});
-  } else if (element == Element::float16) {
+  } else if (in.element(k) == Element::float16) {
     body(Half{});
   } else {
     body(BFloat16{});
   }
 }
 
-// n elements as they are in memory: of type T, or where `mixed` of whatever the tensor has.
+// n elements as they are in memory: words, which nothing touches before all are under way.
 template <class T, int n, bool mixed>
 struct Loaded {
-  Vector<T, n> values;
+  static constexpr int kWords = n * static_cast<int>(mixed ? sizeof(float) : sizeof(T)) / 4;
+  Vector<uint32_t, kWords> words;
 
   FASTZOO_DEVICE void load(const Step<T>& in, int k, int64_t place) {
-    values = load_vector<n>(static_cast<const T*>(in.tensors[k]) + place);
-  }
-  template <class Body>
-  FASTZOO_DEVICE void with_values(const Step<T>&, int, const Body& body) const {
-    body(values);
-  }
-};
-template <class T, int n>
-struct Loaded<T, n, true> {
-  Vector<uint32_t, n> words;
-
-  FASTZOO_DEVICE void load(const Step<T>& in, int k, int64_t place) {
-    with_element(in.element(k), [&](auto type) {
+    with_element<mixed>(in, k, [&](auto type) {
       using E = decltype(type);
-      const auto loaded = load_vector<n>(static_cast<const E*>(in.tensors[k]) + place);
-      __builtin_memcpy(words.values, loaded.values, n * sizeof(E));
+      constexpr int kRead = n * static_cast<int>(sizeof(E)) / 4;
+      const E* const from = static_cast<const E*>(in.tensors[k]) + place;
+      const auto loaded = load_vector<kRead>(reinterpret_cast<const uint32_t*>(from));
+#pragma unroll
+      for (int i = 0; i < kRead; ++i) words[i] = loaded[i];
     });
   }
   template <class Body>
   FASTZOO_DEVICE void with_values(const Step<T>& in, int k, const Body& body) const {
-    with_element(in.element(k), [&](auto type) {
+    with_element<mixed>(in, k, [&](auto type) {
       Vector<decltype(type), n> values;
       __builtin_memcpy(values.values, words.values, sizeof(values.values));
       body(values);
@@ -314,7 +308,6 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<T, kRows, random>)
         }
 #pragma unroll
         for (int k = 0; k < group; ++k) {
-          if (!used[k]) continue;
           loaded[k].with_values(in, first + k, [&](const auto& values) {
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
@@ -349,11 +342,7 @@ __global__ void __launch_bounds__(kThreads, kStepBlocks<T, kRows, random>)
           used = used || !math::is_zero(shared.numbers[numbers + r * kNumbers + k]);
         }
         if (!used) continue;
-        if constexpr (mixed) {
-          with_element(in.element(k), [&](auto type) { add(k, type); });
-        } else {
-          add(k, T{});
-        }
+        with_element<mixed>(in, k, [&](auto type) { add(k, type); });
       }
     }
 
@@ -542,7 +531,7 @@ FASTZOO_DEVICE math::Moments<C> moments_of(const C (&values)[n], int count) {
   C sum = 0, squares = 0;
 #pragma unroll
   for (int i = 0; i < n; ++i) sum += i < count ? values[i] : C{0};
-  const C mean = sum / static_cast<C>(count);
+  const C mean = sum * (count == n ? C{1} / n : C{1} / static_cast<C>(count));
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     const C distance = i < count ? values[i] - mean : C{0};
@@ -579,8 +568,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) guidance_parts(Guidance<
         values[i] = static_cast<C>(first[i]);
         guided_values[i] = fused_multiply_add(by, values[i] - without, without);
       }
-      cond = math::joined(cond, moments_of(values, count));
-      guided = math::joined(guided, moments_of(guided_values, count));
+      const C share = static_cast<C>(count) / (cond.count + static_cast<C>(count));
+      cond = math::joined(cond, moments_of(values, count), share);
+      guided = math::joined(guided, moments_of(guided_values, count), share);
     }
   }
   GuidancePart own{widened(cond), widened(guided)};

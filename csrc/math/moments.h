@@ -13,12 +13,17 @@ struct Moments {
   V squares;  // the sum of the squared distances from the mean
 };
 
+// `share` is b's of the count of both.
+template <class V>
+FASTZOO_HD Moments<V> joined(const Moments<V>& a, const Moments<V>& b, V share) {
+  const V distance = b.mean - a.mean;
+  return {a.count + b.count, a.mean + distance * share,
+          a.squares + b.squares + distance * distance * (a.count * share)};
+}
 template <class V>
 FASTZOO_HD Moments<V> joined(const Moments<V>& a, const Moments<V>& b) {
   if (b.count == V(0)) return a;
-  const V count = a.count + b.count, share = b.count / count, distance = b.mean - a.mean;
-  return {count, a.mean + distance * share,
-          a.squares + b.squares + distance * distance * (a.count * share)};
+  return joined(a, b, b.count / (a.count + b.count));
 }
 
 // With one less than the count in the denominator.

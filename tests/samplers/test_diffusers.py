@@ -28,6 +28,12 @@ NAMES = (
     "EulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
 )
+# Those of test_diffusers_multistep.py.
+MULTISTEP = (
+    "DPMSolverMultistepScheduler",
+    "HeunDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 @contextmanager
@@ -40,11 +46,15 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def in_float64(name: str, drawn_in: torch.dtype) -> Any:
+def in_float64(name: str, drawn_in: torch.dtype, **repaired: str) -> Any:
     """diffusers' scheduler with every float32 of its source a float64; noise is drawn in another
-    precision, since a generator's numbers depend on it."""
+    precision, since a generator's numbers depend on it. ``repaired`` is a part of the source,
+    ``wrong``, that stands as ``right``."""
     module = importlib.import_module(getattr(diffusers, name).__module__)
     source = inspect.getsource(module).replace("float32", "float64")
+    if repaired:
+        assert source.count(repaired["wrong"]) == 1
+        source = source.replace(repaired["wrong"], repaired["right"])
     double = types.ModuleType(module.__name__)
     double.__package__ = module.__package__
     exec(compile(source, module.__file__ or "", "exec"), double.__dict__)
@@ -219,7 +229,7 @@ def run(
     return x
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *MULTISTEP])
 def test_signatures(name: str) -> None:
     theirs = getattr(diffusers, name)
     for method in ("__init__", "set_timesteps", "step"):
@@ -395,7 +405,7 @@ def test_generators() -> None:
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *MULTISTEP])
 def test_guidance(name: str, rescale: float) -> None:
     """Beside the pipelines' own lines before a step of diffusers."""
     scale = 4.5
@@ -444,7 +454,7 @@ def test_guidance_thresholds_what_it_guides() -> None:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *MULTISTEP])
 @pytest.mark.parametrize("of_output", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("of_sample", [torch.float16, torch.bfloat16])
 def test_low_precision(name: str, of_sample: torch.dtype, of_output: torch.dtype) -> None:
@@ -545,7 +555,7 @@ def test_outputs_read_as_diffusers() -> None:
 # Their place in diffusers.
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *MULTISTEP])
 def test_config(name: str, tmp_path: Any) -> None:
     own, theirs = getattr(ours, name), getattr(diffusers, name)
     scheduler = own(num_train_timesteps=77)

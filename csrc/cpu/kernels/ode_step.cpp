@@ -75,40 +75,33 @@ FASTZOO_INLINE Number<T> spread(const Place& at, const StepNumbers& numbers, T* 
   return spread(at, !numbers.each, room, [&](int64_t i) { return data[numbers.each ? i : 0]; });
 }
 
-// Calls block(i, offset, count) for the elements [i, i + count) of a tile's, block by block. Where
-// that is less than a whole block, the tensors' elements have been copied to where a whole one can
-// be read: data[k] then points at those, and the offset is 0; else the offset is i.
-template <class T>
-struct alignas(kVectorBytes) Sources {
-  const void* data[kStepTensors];
-  char rests[math::kStepBound][kBlock<T> * sizeof(T)];
+constexpr int kMostTerms = kStepTensors + math::kStepRows;  // earlier rows and noise among them
 
-  template <class Block>
-  __attribute__((always_inline)) void over_blocks(const StepTensor (&tensors)[kStepTensors],
-                                                  int64_t first, int64_t count,
-                                                  const Block& block) {
-    for (int k = 0; k < kStepTensors; ++k) {
-      data[k] = nullptr;
-      if (tensors[k].data == nullptr) continue;
-      with_element_of<T>(tensors[k].dtype, [&](auto element) {
-        data[k] = static_cast<const decltype(element)*>(tensors[k].data) + first;
-      });
-    }
-    int64_t i = 0;
-    for (; i + kBlock<T> <= count; i += kBlock<T>) block(i, i, kBlock<T>);
-    if (i == count) return;
-    for (int k = 0; k < kStepTensors; ++k) {
-      if (data[k] == nullptr) continue;
-      with_element_of<T>(tensors[k].dtype, [&](auto element) {
-        using Element = decltype(element);
-        copy_few<sizeof(rests[k])>(static_cast<const Element*>(data[k]) + i, rests[k],
-                                   (count - i) * sizeof(Element));
-      });
-      data[k] = rests[k];
-    }
-    block(i, 0, count - i);
+// What lies beyond the whole blocks of a tile, copied to where whole ones can be read.
+template <class T>
+struct alignas(kVectorBytes) Rests {
+  char data[kMostTerms][kBlock<T> * sizeof(T)];
+
+  // Of the elements from `begin` on, fewer than a block.
+  const void* copy(int k, const void* from, Dtype dtype, int64_t begin, int64_t count) {
+    with_element_of<T>(dtype, [&](auto element) {
+      using Element = decltype(element);
+      copy_few<sizeof(data[k])>(static_cast<const Element*>(from) + begin, data[k],
+                                count * sizeof(Element));
+    });
+    return data[k];
   }
 };
+
+// Where the elements from `first` on are.
+template <class T>
+FASTZOO_INLINE const void* data_from(const StepTensor& tensor, int64_t first) {
+  const void* data = nullptr;
+  with_element_of<T>(tensor.dtype, [&](auto element) {
+    data = static_cast<const decltype(element)*>(tensor.data) + first;
+  });
+  return data;
+}
 
 // ---- the step
 
@@ -123,7 +116,7 @@ struct Term {
 
 template <class T>
 struct Row {
-  Term<T> terms[math::kStepBound];
+  Term<T> terms[kMostTerms];
   int count;
   bool plain;  // whether all weights are the same for all elements
   bool noisy;
@@ -159,7 +152,7 @@ struct OdeStep {
     T noise[kTileRoom];
     float normals[kStepTile + kRandomAtOnce];  // of which noise is made, where T is double
     uint32_t words[kTileRoom];
-    Sources<T> sources;
+    Rests<T> rests;
     T factor[kRoom], threshold[kRoom];
     T table[math::kStepRows][math::kStepNumbers][kRoom];
   };
@@ -293,10 +286,7 @@ struct OdeStep {
   void row_of_tile(Row<T>& row, int64_t first, int64_t count, const Target<Element, T>& target) {
     for (int k = 0; k < row.count; ++k) {
       Term<T>& term = row.terms[k];
-      if (term.tensor == kStepTensors) continue;
-      with_element_of<T>(term.dtype, [&](auto element) {
-        term.data = static_cast<const decltype(element)*>(args.tensors[term.tensor].data) + first;
-      });
+      if (term.tensor < kStepTensors) term.data = data_from<T>(args.tensors[term.tensor], first);
     }
     const int64_t whole = count / kBlock<T> * kBlock<T>;
     if (whole > 0) (row.plain ? blocks<true> : blocks<false>)(row, whole, target);
@@ -304,13 +294,7 @@ struct OdeStep {
     Row<T> rest = row;
     for (int k = 0; k < rest.count; ++k) {
       Term<T>& term = rest.terms[k];
-      with_element_of<T>(term.dtype, [&](auto element) {
-        using Stored = decltype(element);
-        char* const room = scratch.sources.rests[k];
-        copy_few<kBlock<T> * sizeof(T)>(static_cast<const Stored*>(term.data) + whole, room,
-                                        (count - whole) * sizeof(Stored));
-        term.data = room;
-      });
+      term.data = scratch.rests.copy(k, term.data, term.dtype, whole, count - whole);
     }
     Block sum;
     sum_block<false>(rest, whole, 0, sum);
@@ -457,6 +441,24 @@ void random_of_tile(const CounterArgs& args, const Place& at, Number* to) {
   }
 }
 
+// Calls block(data, offset, i) for the elements from i on of a tile's, block by block: tensor k has
+// them from data[k] + offset on.
+template <class T, class Block>
+FASTZOO_INLINE void over_blocks(const StepTensor (&tensors)[kStepTensors], int64_t first,
+                                int64_t count, Rests<T>& rests, const Block& block) {
+  const void* data[kStepTensors];
+  for (int k = 0; k < kStepTensors; ++k) {
+    data[k] = tensors[k].data == nullptr ? nullptr : data_from<T>(tensors[k], first);
+  }
+  int64_t i = 0;
+  for (; i + kBlock<T> <= count; i += kBlock<T>) block(data, i, i);
+  if (i == count) return;
+  for (int k = 0; k < kStepTensors; ++k) {
+    if (data[k] != nullptr) data[k] = rests.copy(k, data[k], tensors[k].dtype, i, count - i);
+  }
+  block(data, 0, i);
+}
+
 // ---- guidance
 
 template <class T>
@@ -503,7 +505,7 @@ struct Guidance {
   struct alignas(kVectorBytes) Scratch {
     T cond[kStepTile + kBlock<T>], guided[kStepTile + kBlock<T>];
     T guidance[kShortTile + kBlock<T>];
-    Sources<T> sources;
+    Rests<T> rests;
   };
 
   static void tile(const GuidanceArgs& args, const Place& at, Moments* parts, Scratch& scratch) {
@@ -511,24 +513,23 @@ struct Guidance {
     const Number<T> guidance = spread(at, !args.guidance.each, scratch.guidance,
                                       [&](int64_t i) { return by[args.guidance.each ? i : 0]; });
     const StepTensor tensors[kStepTensors] = {args.cond, args.uncond};
-    const void* const(&data)[kStepTensors] = scratch.sources.data;
-    scratch.sources.over_blocks(
-        tensors, at.sample * args.size + at.begin, at.count(),
-        [&](int64_t i, int64_t offset, int64_t) {
-          BlockOf<T> cond, uncond;
-          with_element_of<T>(args.cond.dtype, [&](auto element) {
-            load_block<T>(static_cast<const decltype(element)*>(data[0]) + offset, cond);
-          });
-          with_element_of<T>(args.uncond.dtype, [&](auto element) {
-            load_block<T>(static_cast<const decltype(element)*>(data[1]) + offset, uncond);
-          });
-          for (int j = 0; j < kBlockVectors; ++j) {
-            const int64_t own = i + j * Vec<T>::size;
-            cond[j].store(scratch.cond + own);
-            fused_multiply_add(guidance.at(own), cond[j] - uncond[j], uncond[j])
-                .store(scratch.guided + own);
-          }
-        });
+    over_blocks<T>(tensors, at.sample * args.size + at.begin, at.count(), scratch.rests,
+                   [&](const void* const(&data)[kStepTensors], int64_t offset, int64_t i) {
+                     BlockOf<T> cond, uncond;
+                     with_element_of<T>(args.cond.dtype, [&](auto element) {
+                       load_block<T>(static_cast<const decltype(element)*>(data[0]) + offset, cond);
+                     });
+                     with_element_of<T>(args.uncond.dtype, [&](auto element) {
+                       load_block<T>(static_cast<const decltype(element)*>(data[1]) + offset,
+                                     uncond);
+                     });
+                     for (int j = 0; j < kBlockVectors; ++j) {
+                       const int64_t own = i + j * Vec<T>::size;
+                       cond[j].store(scratch.cond + own);
+                       fused_multiply_add(guidance.at(own), cond[j] - uncond[j], uncond[j])
+                           .store(scratch.guided + own);
+                     }
+                   });
     for (int64_t sample = 0; sample < at.samples; ++sample) {
       parts[2 * sample] = moments_of(scratch.cond + sample * at.width, at.width);
       parts[2 * sample + 1] = moments_of(scratch.guided + sample * at.width, at.width);
@@ -543,7 +544,7 @@ struct StepError {
   struct alignas(kVectorBytes) Scratch {
     T squares[kStepTile + kBlock<T>];
     T factor[kShortTile + kBlock<T>];
-    Sources<T> sources;
+    Rests<T> rests;
   };
 
   static void tile(const StepErrorArgs& args, const Place& at, double* parts, Scratch& scratch) {
@@ -552,28 +553,27 @@ struct StepError {
     const V rtol(static_cast<T>(args.rtol)), atol(static_cast<T>(args.atol));
     with_element_of<T>(args.dtype, [&](auto element) {
       using Element = decltype(element);
-      const void* const(&data)[kStepTensors] = scratch.sources.data;
-      scratch.sources.over_blocks(
-          args.tensors, at.sample * args.size + at.begin, at.count(),
-          [&](int64_t i, int64_t offset, int64_t) {
-            BlockOf<T> sum, x, y;
-            for (V& each : sum) each = V(T(0));
-            for (int k = 2; k < kStepTensors; ++k) {
-              const T weight = static_cast<T>(args.weights[k]);
-              if (data[k] == nullptr || weight == T(0)) continue;
-              load_block<T>(static_cast<const Element*>(data[k]) + offset, x);
-              for (int j = 0; j < kBlockVectors; ++j) {
-                sum[j] = fused_multiply_add(V(weight), x[j], sum[j]);
-              }
-            }
-            load_block<T>(static_cast<const Element*>(data[0]) + offset, x);
-            load_block<T>(static_cast<const Element*>(data[1]) + offset, y);
-            for (int j = 0; j < kBlockVectors; ++j) {
-              const int64_t own = i + j * V::size;
-              const V ratio = factor.at(own) * sum[j] / math::error_scale(x[j], y[j], rtol, atol);
-              (ratio * ratio).store(scratch.squares + own);
-            }
-          });
+      over_blocks<T>(args.tensors, at.sample * args.size + at.begin, at.count(), scratch.rests,
+                     [&](const void* const(&data)[kStepTensors], int64_t offset, int64_t i) {
+                       BlockOf<T> sum, x, y;
+                       for (V& each : sum) each = V(T(0));
+                       for (int k = 2; k < kStepTensors; ++k) {
+                         const T weight = static_cast<T>(args.weights[k]);
+                         if (data[k] == nullptr || weight == T(0)) continue;
+                         load_block<T>(static_cast<const Element*>(data[k]) + offset, x);
+                         for (int j = 0; j < kBlockVectors; ++j) {
+                           sum[j] = fused_multiply_add(V(weight), x[j], sum[j]);
+                         }
+                       }
+                       load_block<T>(static_cast<const Element*>(data[0]) + offset, x);
+                       load_block<T>(static_cast<const Element*>(data[1]) + offset, y);
+                       for (int j = 0; j < kBlockVectors; ++j) {
+                         const int64_t own = i + j * V::size;
+                         const V ratio =
+                             factor.at(own) * sum[j] / math::error_scale(x[j], y[j], rtol, atol);
+                         (ratio * ratio).store(scratch.squares + own);
+                       }
+                     });
     });
     sum_rows(scratch.squares, at.samples, at.width,
              [&](int64_t sample, T sum) { parts[sample] = sum; });
@@ -586,7 +586,7 @@ void over_tiles(const Args& args, Part* parts, int64_t each, int64_t begin, int6
   const StepTiles tiles = args.tiles();
   for (int64_t i = begin; i < end; ++i) {
     const Place at = tiles.place(i);
-    const int64_t first = at.sample * tiles.pieces + (at.samples > 1 ? 0 : i % tiles.pieces);
+    const int64_t first = at.sample * tiles.pieces + i % tiles.pieces;
     Kernel::tile(args, at, parts + each * first, scratch);
   }
 }

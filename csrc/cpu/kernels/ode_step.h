@@ -33,7 +33,7 @@ struct StepTiles {
     if (size <= kShort) {
       samples_each = kShortTile / (size > 1 ? size : 1);
     } else {
-      constexpr int64_t kMultiple = 64;
+      constexpr int64_t kMultiple = 128;
       const int64_t least = (size + kStepTile - 1) / kStepTile;
       piece = math::round_up((size + least - 1) / least, kMultiple);
       pieces = (size + piece - 1) / piece;

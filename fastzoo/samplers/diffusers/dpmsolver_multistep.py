@@ -134,8 +134,7 @@ class DPMSolverMultistepScheduler(Multistep, parent("DPMSolverMultistepScheduler
         if few:
             orders[left == 2] = numpy.minimum(orders[left == 2], 2)
         self._plan = dict(zip(steps.tolist(), orders.tolist(), strict=True))
-        ends = self._levels[steps + 1]
-        return alike(steps, orders, ends == 0, ends == self._levels[steps])
+        return alike(steps, orders, self._levels[steps + 1] == 0)
 
     def rows(
         self, steps: numpy.ndarray, x: Combination, output: Combination, noise: Combination

@@ -114,19 +114,17 @@ class HeunDiscreteScheduler(VarianceExploding, parent("HeunDiscreteScheduler")):
         guidance_rescale: float = 0.0,
     ) -> Any:
         """The sample at the next timestep; see ``docs/samplers/diffusers.md``."""
-        second = self._place(timestep) % 2 == 1
-        history = {}
-        if second:
-            if self._start is None:
-                raise ValueError("step: a run begins with the first of a step's two calls")
-            history = dict(zip(("start", "start_x0"), self._start, strict=True))
-        prev_sample, x0 = self._advance(
-            model_output,
-            timestep,
-            sample,
-            history=history,
-            guidance_scale=guidance_scale,
-            guidance_rescale=guidance_rescale,
-        )
-        self._start = None if second else (sample, x0)
-        return SchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
+        call = (model_output, timestep, sample)
+        guidance: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+        }
+        if self._place(timestep) % 2 == 0:
+            prev_sample, x0 = self._advance(*call, **guidance)
+            self._start = sample, x0
+            return SchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
+        if self._start is None:
+            raise ValueError("step: a run begins with the first of a step's two calls")
+        history = dict(zip(("start", "start_x0"), self._start, strict=True))
+        self._start = None
+        return self._step(return_dict, *call, history=history, **guidance)

@@ -146,12 +146,9 @@ class UniPCMultistepScheduler(Multistep, parent("UniPCMultistepScheduler")):  # 
         # The corrector is of the step before, and so is its order; 0: there is none.
         correctors = numpy.append(self.this_order, orders[:-1])
         correctors[numpy.isin(steps - 1, [-1, *self.disable_corrector])] = 0
-        if self.last_sample is None:
-            correctors[0] = 0
         pairs = zip(orders.tolist(), correctors.tolist(), strict=True)
         self._plan = dict(zip(steps.tolist(), pairs, strict=True))
-        before, here, there = (self._levels[steps + k] for k in (-1, 0, 1))
-        return alike(steps, orders, correctors, here == before, there == here, there == 0)
+        return alike(steps, orders, correctors, self._levels[steps + 1] == 0)
 
     def rows(
         self, steps: numpy.ndarray, x: Combination, output: Combination, noise: Combination
