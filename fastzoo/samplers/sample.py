@@ -70,9 +70,10 @@ class Sampler:
         key = (counter, reports)
         if key not in self._runs:
             levels = [level if level.ndim else float(level) for level in self.sigmas]
-            self._runs[key] = _Run(
-                Trace(sigmas=levels, counter=counter, reports=reports, **self._arguments)
-            )
+            run = _Run(Trace(sigmas=levels, counter=counter, reports=reports, **self._arguments))
+            self._runs[key] = run
+            if not run.draws:
+                self._runs[not counter, reports] = run
         return self._runs[key]
 
     def __call__(
@@ -205,6 +206,11 @@ class _Run:
     def __init__(self, trace: Trace) -> None:
         self._instructions = trace.instructions
         self._result = trace.result
+        # Whether there is any noise, from wherever.
+        self.draws = any(
+            isinstance(i, Draw) or (isinstance(i, Compute) and i.program.noisy)
+            for i in self._instructions
+        )
         self._tables = Tables([i.program for i in self._instructions if isinstance(i, Compute)])
         self._levels = [i.sigma for i in self._instructions if isinstance(i, Evaluate)]
         self._dead = _last_uses(self._instructions, self._result)
