@@ -104,9 +104,9 @@ def log_likelihood(
         augmented, start, t, method=method, rtol=rtol, atol=atol, options=options
     )
     end = found[-1].to(wide)
-    return (_normal(end, float(prior)) if isinstance(prior, int | float) else prior(end)) + change[
-        -1
-    ]
+    of_end: Tensor = _normal(end, float(prior)) if isinstance(prior, int | float) else prior(end)
+    total: Tensor = of_end + change[-1]
+    return total
 
 
 def _normal(x: Tensor, deviation: float) -> Tensor:
