@@ -420,8 +420,7 @@ def first_step(
     bend = norm.squares(y, y, k, difference, one).sqrt() / guess
     # fmax: where the trial leaves the domain of f, the slope has to do.
     most = torch.fmax(slope, bend)
-    smooth = (guess * 1e-3).clamp(min=1e-6)
-    step = torch.where(most <= 1e-15, smooth, (0.01 / most) ** (1 / order))
+    step = torch.where(most <= 1e-15, 1e-6, (0.01 / most) ** (1 / order))
     return torch.minimum(100 * guess, step)
 
 
