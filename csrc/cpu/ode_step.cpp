@@ -7,6 +7,7 @@
 #include <memory>
 #include <tuple>
 
+#include "../math/moments.h"
 #include "entry.h"
 
 namespace fastzoo {
@@ -165,18 +166,14 @@ Tensor counter_normal(const Tensor& keys, int64_t n, int64_t draw) {
   return counter_numbers("counter_normal", keys, n, draw, true);
 }
 
-// Of a sample, the standard deviation from its pieces' moments, joined as Chan et al. do.
+// Of a sample, the standard deviation from its pieces' moments.
 double deviation(const cpu::Moments* parts, const cpu::StepTiles& tiles) {
-  double count = 0, mean = 0, squares = 0;
+  math::Moments<double> all{};
   for (int64_t i = 0; i < tiles.pieces; ++i) {
-    const cpu::Moments& part = parts[2 * i];
     const double width = static_cast<double>(std::min(tiles.piece, tiles.size - i * tiles.piece));
-    const double all = count + width, distance = part.mean - mean;
-    mean += distance * width / all;
-    squares += part.squares + distance * distance * count * width / all;
-    count = all;
+    all = math::joined(all, {width, parts[2 * i].mean, parts[2 * i].squares});
   }
-  return std::sqrt(squares / (count - 1));
+  return math::deviation(all);
 }
 
 Tensor guidance_factor(const Tensor& cond_in, const Tensor& uncond_in, const Tensor& guidance_in,

@@ -2,7 +2,8 @@
 // Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011), and normals by
 // Box and Muller's transformation in additions, products and one square root of floats, each
 // rounded by itself. Words are of type W, that is uint32_t or the CPU's vector of them, floats of
-// type F likewise. Built without contraction. fastzoo/reference/counter_random.py is the definition.
+// type F likewise. Built without contraction. fastzoo/reference/counter_random.py is the
+// definition.
 #pragma once
 
 #include "host_device.h"

@@ -90,10 +90,11 @@ class Program:
         keep: the names of the rows before the last one that are results too.
         bounds: rows before the last one that are clamped to ``[-bound, bound]``.
         scaled: tensors whose coefficients the call multiplies by ``factor``.
+        draw: where there is no noise, the number of the draw by which a call may round.
 
     Raises:
-        ValueError: more than eight tensors, noise but for one in the last row, a coefficient that
-            is not finite.
+        ValueError: more than eight tensors, noise but for one in the last row, a row with a
+            tensor's name, a coefficient that is not finite.
     """
 
     def __init__(
@@ -104,8 +105,13 @@ class Program:
         keep: Iterable[str] = (),
         bounds: Mapping[str, float] | None = None,
         scaled: Iterable[str] = (),
+        draw: int = 0,
     ) -> None:
         names = list(rows)
+        if like in names or any(
+            term in names[r:] for r, row in enumerate(rows.values()) for term in row.terms
+        ):
+            raise ValueError(f"a row has the name of a tensor that is read: rows {names}")
         inputs = [like]
         for row in rows.values():
             inputs += [
@@ -124,6 +130,7 @@ class Program:
         sizes = {numpy.size(value) for row in rows.values() for value in row.terms.values()} | {1}
         table = numpy.zeros((max(sizes), len(names), _WIDTH))
         table[:, :, _BOUND] = numpy.inf
+        table[:, -1, _DRAW] = draw
         for r, (name, row) in enumerate(rows.items()):
             for term, value in row.terms.items():
                 if not numpy.isfinite(value).all():
@@ -137,11 +144,14 @@ class Program:
             slots[name] = _EARLIER + r
         self.names = tuple(names)
         self.inputs = tuple(inputs)
-        self.keep = tuple(names.index(name) for name in keep)
-        self.kept = tuple(keep)
+        self.keep_only(tuple(keep))
         self.scaled = tuple(inputs.index(name) for name in scaled)
         self.noisy = rows[names[-1]].noisy
         self.table = table
+
+    def keep_only(self, keep: Sequence[str]) -> None:
+        """These rows before the last one are results, and no others."""
+        self.keep = tuple(self.names.index(name) for name in keep)
 
     def __call__(
         self, tensors: Mapping[str, Tensor], table: Tensor | None = None, **more: Any

@@ -163,8 +163,8 @@ def dpm_solver_pp(
     solver_type: str = "midpoint",
 ) -> Value:
     """DPM-Solver++ (Lu et al. 2022), its ODE (eta 0) and SDE (eta 1), of order 1, 2 or 3 by how
-    many derivatives of x0 with respect to lambda are given: ``first`` is h times the first one,
-    ``second`` h^2 times the second, with h the step in lambda. At sigma' = 0 it is alpha' x0.
+    many derivatives of x0 with respect to lambda are given: those of :func:`differences`, with h
+    the step in lambda. At sigma' = 0 it is alpha' x0.
 
     ``solver_type`` is how the first derivative enters a step of order 2: ``midpoint`` or ``heun``.
     """
@@ -172,8 +172,6 @@ def dpm_solver_pp(
     if numpy.all(numpy.asarray(next_sigma) == 0):
         return next_alpha * x0
     h = log_snr(next_alpha, next_sigma) - log_snr(alpha, sigma)
-    if numpy.all(h == 0):
-        return x
     whole = h * (1 + eta)
     phi_1 = -numpy.expm1(-whole)
     result = (next_sigma / sigma * numpy.exp(-eta * h)) * x + (next_alpha * phi_1) * x0
@@ -191,9 +189,14 @@ def dpm_solver_pp(
 def differences(
     x0: Value, before: Value, r0: Coefficient, earlier: Value | None = None, r1: Coefficient = 1.0
 ) -> tuple[Value, Value | None]:
-    """h times the first and h^2 times the second derivative of x0 with respect to lambda, from its
-    values of the last two or three steps: r0 and r1 are the lengths in lambda of the step before
-    and of that before it, over this one's."""
+    """h times the first and h^2 / 2 times the second derivative of x0 with respect to lambda, from
+    its values of the last two or three steps: r0 and r1 are the lengths in lambda of the step
+    before and of that before it, over this one's.
+
+    The authors' code, diffusers and k-diffusion give h^2 / 2 times the second derivative the weight
+    of h^2 times it, and so does :func:`dpm_solver_pp`: what is called its third order converges as
+    a second one. :func:`unipc` with two earlier steps converges as a third one.
+    """
     first = (x0 - before) / r0
     if earlier is None:
         return first, None
@@ -213,14 +216,12 @@ def dpm_solver(
     solver_type: str = "midpoint",
 ) -> Value:
     """DPM-Solver (Lu et al. 2022): :func:`dpm_solver_pp` with the noise eps, where that has x0, and
-    derivatives of eps. With ``noise`` it is the SDE's, whose drift has eps twice. ``sigma' = 0`` has
-    a limit in the first order, x0, and none in a higher one."""
+    with derivatives of eps. With ``noise`` it is the SDE's, whose drift has eps twice. At
+    sigma' = 0 it is alpha' x0, the limit of the first order; a higher one has none."""
     (alpha, sigma), (next_alpha, next_sigma) = alpha_sigma, next_alpha_sigma
     if numpy.all(numpy.asarray(next_sigma) == 0):
         return (next_alpha / alpha) * (x - sigma * eps)
     h = log_snr(next_alpha, next_sigma) - log_snr(alpha, sigma)
-    if numpy.all(h == 0):
-        return x
     drift = next_sigma * (1.0 if noise is None else 2.0)
     phi_1 = numpy.expm1(h)
     result = (next_alpha / alpha) * x - (drift * phi_1) * eps
@@ -247,20 +248,18 @@ def unipc(
     solver_type: str = "bh2",
 ) -> Value:
     """UniP, and with ``reached`` UniC (Zhao et al. 2023): a step from x by the values of x0 (or of
-    eps, ``of_noise``) here, at ``earlier`` steps, the latest first and each with its lambda, and for
-    the corrector at the step's end. UniP has order 1 + len(earlier), UniC one more. At sigma' = 0 it
-    is alpha' x0.
+    eps, ``of_noise``) here, at ``earlier`` steps, the latest first and each with its lambda, and,
+    for the corrector, at the step's end. UniP has order 1 + len(earlier), UniC one more. At
+    sigma' = 0 it is alpha' x0.
 
-    ``solver_type`` is B(h), ``bh1`` h and ``bh2`` e^h - 1; it matters only with a single difference,
-    whose weight is 1/2. Those of more solve the order conditions.
+    ``solver_type`` is B(h), ``bh1`` h and ``bh2`` e^h - 1; it matters only where there is a single
+    difference, whose weight is B(h) / 2. The weights of more solve the order conditions.
     """
     (alpha, sigma), (next_alpha, next_sigma) = alpha_sigma, next_alpha_sigma
     if numpy.all(numpy.asarray(next_sigma) == 0):
         return next_alpha * (denoised("epsilon", x, value, alpha, sigma) if of_noise else value)
     here = log_snr(alpha, sigma)
     h = log_snr(next_alpha, next_sigma) - here
-    if numpy.all(h == 0):
-        return x
     if of_noise:
         z, ratio, scale = h, next_alpha / alpha, next_sigma
     else:

@@ -35,7 +35,6 @@ _ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-_SOLVER_TYPES = ("midpoint", "heun")
 
 
 def _churned(
@@ -241,8 +240,7 @@ def runge_kutta(x: Combination, step: Step, tableau: str | Tableau = "rk4") -> E
     tableau of one's own."""
     if not isinstance(tableau, Tableau):
         known = {**FIXED, **ADAPTIVE}
-        if tableau not in known:
-            raise ValueError(f"tableau: expected one of {sorted(known)}, got {tableau!r}")
+        _check_choice("tableau", tableau, tuple(known))
         tableau = known[tableau]
     return (yield from _runge_kutta(x, step, tableau))[0]
 
@@ -289,20 +287,31 @@ def dpmpp_2s_ancestral(
 def dpmpp_sde(
     x: Combination, step: Step, eta: float = 1.0, s_noise: float = 1.0, r: float = 0.5
 ) -> Evaluation:
-    """SDE-DPM-Solver++(2S): both halves of a step are ancestral (k-diffusion)."""
+    """SDE-DPM-Solver++(2S): both halves of a step are ancestral (k-diffusion).
+
+    The noise of the whole step holds that of its first part, as the increments of a Brownian
+    motion in sigma do, which is what k-diffusion draws by default. With independent noises instead
+    the order is 1.
+    """
     sigma, next_sigma = step.sigma, step.next_sigma
     x, denoised = yield x, sigma
     if step.last:
-        return formulas.euler(x, denoised, sigma, next_sigma)
+        return denoised
     middle = sigma * (next_sigma / sigma) ** r
     down, up = formulas.ancestral(sigma, middle, eta)
-    between = formulas.euler(x, denoised, sigma, down)
-    if eta:
-        between = between + s_noise * up * step.noise(sigma, middle)
-    _, denoised_between = yield between, middle
+    between, std = formulas.euler(x, denoised, sigma, down), s_noise * up
+    noisy = numpy.any(std)
+    start = between + std * step.noise(sigma, middle) if noisy else between
+    start, denoised_between = yield start, middle
+    first = (start - between) / std if noisy else None
     down, up = formulas.ancestral(sigma, next_sigma, eta)
     ahead = denoised + (denoised_between - denoised) / (2 * r)
-    return _noised(formulas.euler(x, ahead, sigma, down), step, s_noise * up)
+    end = formulas.euler(x, ahead, sigma, down)
+    if first is None:
+        return end
+    share = (sigma - middle) / (sigma - next_sigma)
+    second = step.noise(middle, next_sigma)
+    return end + s_noise * up * (numpy.sqrt(share) * first + numpy.sqrt(1 - share) * second)
 
 
 def _dpmpp_multistep(
@@ -349,8 +358,7 @@ def dpmpp_2m_sde(
     solver_type: str = "midpoint",
 ) -> Evaluation:
     """SDE-DPM-Solver++(2M), Lu et al. 2022, with eta (k-diffusion)."""
-    if solver_type not in _SOLVER_TYPES:
-        raise ValueError(f"solver_type: expected one of {_SOLVER_TYPES}, got {solver_type!r}")
+    _check_choice("solver_type", solver_type, ("midpoint", "heun"))
     return _dpmpp_multistep(x, step, 2, eta, s_noise, solver_type)
 
 
@@ -373,7 +381,10 @@ def unipc(
     """UniPC, Zhao et al. 2023, of x0. The corrector takes the model's value at the predicted state
     and moves where the next step begins; the last state stays as it was predicted."""
     _check_order(order, 4)
+    _check_choice("solver_type", solver_type, ("bh1", "bh2"))
     x, denoised = yield x, step.sigma
+    if step.last:
+        return denoised
     here, memory = (1.0, step.sigma), step.memory
     if corrector and "x" in memory:
         x = step.keep(
@@ -388,9 +399,8 @@ def unipc(
             )
         )
     earlier = memory.get("values", [])[: order - 1]
-    if not step.last:
-        values = [(step.keep(denoised), formulas.log_snr(*here)), *earlier]
-        memory.update(x=x, levels=here, values=values)
+    values = [(step.keep(denoised), formulas.log_snr(*here)), *earlier]
+    memory.update(x=x, levels=here, values=values)
     return formulas.unipc(
         x, denoised, here, (1.0, step.next_sigma), earlier, solver_type=solver_type
     )
@@ -399,3 +409,8 @@ def unipc(
 def _check_order(order: int, most: int) -> None:
     if order not in range(1, most + 1):
         raise ValueError(f"order: expected 1 to {most}, got {order}")
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {known}, got {value!r}")

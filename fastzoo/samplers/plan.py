@@ -33,6 +33,8 @@ Method: TypeAlias = Callable[..., Evaluation]
 
 METHODS: dict[str, Method] = {}
 _DRAWS = 2
+# Above the draws of noise, so that each kernel of a run rounds by words of its own.
+_FIRST_ROUNDING = 1 << 30
 
 
 def method(function: Method) -> Method:
@@ -167,23 +169,29 @@ class Trace:
         x, memory = tensor("x"), dict[str, Any]()
         for index in range(len(self.sigmas) - 1):
             step = Step(self, index, memory)
-            if reports or x.noisy:
+            if x.noisy:
                 # One kernel draws one noise.
                 x = self._materialised(x)
-            generator, start, evaluations = function(x, step, **options), x, 0
+            generator, evaluations = function(x, step, **options), 0
             try:
                 wanted, sigma = next(generator)
                 while True:
                     at, value = self._evaluated(wanted, sigma, fresh=evaluations == 0)
                     if reports and evaluations == 0:
-                        self._report(step, sigma, start, value)
+                        self._report(step, sigma, at, value)
                     evaluations += 1
                     wanted, sigma = generator.send((at, value))
             except StopIteration as end:
                 x = end.value
         self.result = self._name_of(self._materialised(x))
+        self._leave_unread()
 
     def noise(self, number: int, sigma: Coefficient, next_sigma: Coefficient) -> Combination:
+        if self._prediction == "velocity":
+            raise ValueError(
+                "prediction: a rectified flow takes a method that draws no noise; the amounts of "
+                "these are for data left unscaled"
+            )
         if self._counter:
             return noise(number)
         name = self._name("noise")
@@ -232,30 +240,45 @@ class Trace:
     def _materialised(self, value: Combination) -> Combination:
         """The value as a tensor, by one kernel, which writes what is to be kept too."""
         rows = dict(self._pending)
-        name = self._name_of(value) if self._plain(value) else self._name("x")
-        if self._plain(value):
-            if name not in rows:
-                # What is kept waits for a kernel that has something to compute.
-                return value
-            value = rows.pop(name)
+        if self._plain(value) and self._name_of(value) not in rows:
+            # What is kept waits for a kernel that has something to compute.
+            return value
+        name = self._name("x")
+        if self._plain(value) and self._name_of(value) == list(rows)[-1]:
+            # What is to be kept is the result itself.
+            name, value = rows.popitem()
         kept = tuple(rows)
         rows[name] = value
         terms = [term for row in rows.values() for term in row.terms if isinstance(term, str)]
         scaled = [o for o in self._outputs if o in terms] if self._factor else []
         # The first tensor has the state's dtype: one that is read if there is one.
         like = next((t for t in terms if t in self._states), self._state)
-        program = Program(rows, like, keep=kept, scaled=scaled)
+        draw = _FIRST_ROUNDING + len(self.instructions)
+        program = Program(rows, like, keep=kept, scaled=scaled, draw=draw)
         factor = self._factor if scaled else None
         self.instructions.append(Compute(program, (name, *kept), factor))
         self._pending, self._factor, self._state = {}, None, name
         self._states.add(name)
         return tensor(name)
 
-    def _report(
-        self, step: Step, sigma: Coefficient, start: Combination, value: Combination
-    ) -> None:
+    def _leave_unread(self) -> None:
+        """Rows that were to be kept, and that nothing reads, are not written."""
+        read = {self.result}
+        for i, instruction in reversed(list(enumerate(self.instructions))):
+            if isinstance(instruction, Compute):
+                name, *kept = instruction.results
+                kept = [row for row in kept if row in read]
+                instruction.program.keep_only(kept)
+                self.instructions[i] = dataclasses.replace(instruction, results=(name, *kept))
+                read.update(instruction.program.inputs)
+            elif isinstance(instruction, Evaluate):
+                read.add(instruction.x)
+            elif isinstance(instruction, Report):
+                read.update((instruction.x, instruction.denoised))
+
+    def _report(self, step: Step, sigma: Coefficient, x: Combination, value: Combination) -> None:
         shown = self._name_of(self._materialised(value))
-        self.instructions.append(Report(step.index, step.sigma, sigma, self._name_of(start), shown))
+        self.instructions.append(Report(step.index, step.sigma, sigma, self._name_of(x), shown))
 
     def _name(self, kind: str) -> str:
         self._names += 1

@@ -87,11 +87,14 @@ class Sampler:
         seeds: Seeds | None = None,
         progress: bool = False,
         differentiable: bool = False,
+        stochastic_rounding: bool = False,
     ) -> Tensor:
         """:func:`sample` with this sampler's settings."""
         _check_state(x, self.sigmas, self.guidance_scale)
         if (noise_sampler is not None) + (generator is not None) + (seeds is not None) > 1:
             raise ValueError("noise_sampler, generator, seeds: expected at most one")
+        if stochastic_rounding and seeds is None:
+            raise ValueError("seeds: expected with stochastic_rounding")
         keys = None if seeds is None else ops.counter_keys(seeds, x.shape[0], x.device)
         run = self._run(counter=seeds is not None, reports=callback is not None)
         if noise_sampler is None:
@@ -110,6 +113,7 @@ class Sampler:
                 self.guidance_scale,
                 self.guidance_rescale,
                 progress,
+                stochastic_rounding,
             )
 
 
@@ -126,6 +130,7 @@ def sample(
     generator: torch.Generator | None = None,
     seeds: Seeds | None = None,
     differentiable: bool = False,
+    stochastic_rounding: bool = False,
     **settings: Any,
 ) -> Tensor:
     """Samples from a diffusion model or rectified flow, one kernel a step beside the model.
@@ -145,6 +150,8 @@ def sample(
         seeds: noise by counter instead: an int, or one a sample: the same sample whatever batch,
             device or backend it is drawn in.
         differentiable: keeps the graph, so that gradients go through the whole run.
+        stochastic_rounding: a float16 or bfloat16 state is rounded up or down by chance, each as
+            likely as it is near, so that small steps are not lost. Takes seeds.
         settings: ``prediction``, ``guidance_scale``, ``guidance_rescale``, ``sigma_data`` of
             :class:`Sampler`, and the method's own options.
 
@@ -167,6 +174,7 @@ def sample(
         seeds=seeds,
         progress=progress,
         differentiable=differentiable,
+        stochastic_rounding=stochastic_rounding,
     )
 
 
@@ -223,6 +231,7 @@ class _Run:
         guidance_scale: Coefficient | None,
         guidance_rescale: float,
         progress: bool,
+        stochastic: bool,
     ) -> Tensor:
         tables = iter(self._tables.on(x.device))
         sigmas = iter(self._sigmas(x))
@@ -248,7 +257,8 @@ class _Run:
                 results = instruction.program(
                     tensors,
                     next(tables),
-                    seeds=keys if instruction.program.noisy else None,
+                    seeds=keys if instruction.program.noisy or stochastic else None,
+                    stochastic=stochastic,
                     factor=factors.pop(by) if by else None,
                 )
                 found = results if isinstance(results, tuple) else (results,)

@@ -77,8 +77,10 @@ def test_decisions_are_not_contracted(build: tuple[Path, str]) -> None:
     # For double inputs the fast pass asks for fused operations in double, by name.
     exact = [body for name, body in ptx if "vq_finish" in name and "DoublePass" not in name]
     points = [body for name, body in ptx if re.search("search_t|farthest_|voxel_claim", name)]
+    noise = [body for name, body in ptx if "counter_numbers" in name]
     assert len(keep) >= 20
     assert len(points) == 20 + 11 + 2
+    assert len(noise) == 2
     assert len(exact) == 3 * 2
     for body in keep:
         assert "fma.rn" not in body
@@ -87,8 +89,10 @@ def test_decisions_are_not_contracted(build: tuple[Path, str]) -> None:
         assert "fma.rn.f64" not in body
         assert "mul.rn.f64" in body
         assert "sqrt.rn.f64" in body
-    for body in points:
+    for body in points + noise:
         assert "fma.rn" not in body
+    assert any("sqrt.rn.f32" in body for body in noise)
+    assert not any("sqrt.approx" in body for body in noise)
 
 
 def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:
@@ -101,7 +105,10 @@ def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:
     rows = [body for name, body in sass if re.search("margin_softmax_factors|_positives", name)]
     maps = [body for name, body in sass if re.search(r"coupling_(map|gradient)\w*Li[248]E", name)]
     splines = [(name, body) for name, body in sass if re.search("splines_(map|gradient)", name)]
-    stored = maps + [body for name, body in splines if "splines_gradient" in name]
+    steps = [body for name, body in sass if "ode_step_rows" in name]
+    sums = [body for name, body in sass if re.search("(guidance|error)_parts", name)]
+    noise = [body for name, body in sass if "counter_numbers" in name]
+    stored = maps + [body for name, body in splines if "splines_gradient" in name] + steps + noise
     assert len(keep) >= 4
     assert len(tiles) == len(ARCHITECTURES) * (12 + 12 + 6 + 6 + 2)
     assert len(gathers) == len(ARCHITECTURES) * (4 + 2)
@@ -109,11 +116,15 @@ def test_streams_move_sixteen_bytes(build: tuple[Path, str]) -> None:
     assert len(rows) == len(ARCHITECTURES) * (4 + 4)
     assert len(maps) == len(ARCHITECTURES) * 4 * 10 * 2
     assert len(splines) == len(ARCHITECTURES) * (3 * 8 + 4) * 2
+    assert len(steps) == len(ARCHITECTURES) * 3 * (3 * 2 + 1) * 2
+    assert len(sums) == len(ARCHITECTURES) * 4 * 2
+    assert len(noise) == len(ARCHITECTURES) * 2
     for body in keep:
         assert "LDS.128" in body
     for body in tiles + shared:
         assert "LDS.128" in body or "LDSM.16.M88.4" in body
-    for body in keep + tiles + rows + gathers + maps + [body for _, body in splines]:
+    pieces = maps + [body for _, body in splines] + steps + sums
+    for body in keep + tiles + rows + gathers + pieces:
         assert re.search(r"LDG\.E(\.\w+)*\.128", body)
     for body in stored:
         assert re.search(r"STG\.E(\.\w+)*\.128", body)

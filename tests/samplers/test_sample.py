@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastzoo import ops, samplers
-from fastzoo.samplers import formulas
+from fastzoo.samplers import formulas, plan
 from fastzoo.samplers.algebra import Program, stacked, tensor
 from fastzoo.samplers.algebra import noise as drawn
 from fastzoo.testing.coupling import values
@@ -201,7 +201,9 @@ def test_the_callback_sees_what_k_diffusions_does() -> None:
     assert [entry["i"] for entry in seen] == [0, 1, 2, 3, 4]
     assert [entry["sigma"] for entry in seen] == SIGMAS[:-1]
     assert all(entry["sigma_hat"] > entry["sigma"] for entry in seen)
-    assert torch.equal(seen[0]["x"], x)
+    up = (seen[0]["sigma_hat"] ** 2 - SIGMAS[0] ** 2) ** 0.5
+    churned = x + up * samplers.noise(x.shape, 1, device=DEVICE, draw=1)
+    assert (seen[0]["x"] - churned).abs().max() < 1e-5
     assert torch.equal(seen[-1]["denoised"], found)
 
 
@@ -249,6 +251,21 @@ def test_a_state_in_half_precision_is_computed_in_float32() -> None:
     assert low.dtype == torch.float32
 
 
+def test_rounding_by_chance_keeps_the_mean_of_a_low_precision_run() -> None:
+    """200 small steps in bfloat16, of many copies of one sample."""
+    sigmas = samplers.schedules.exponential_sigmas(200, 0.5, 1.0, final=None)
+    x = torch.full((1, 1, 4096), 1.0, device=DEVICE)
+    wide = samplers.sample(denoiser, x, sigmas, "euler")
+    low = x.bfloat16()
+    nearest = samplers.sample(denoiser, low, sigmas, "euler").float()
+    chance = samplers.sample(denoiser, low, sigmas, "euler", seeds=1, stochastic_rounding=True)
+    assert chance.dtype == torch.bfloat16
+    errors = (abs(value.float().mean() - wide.mean()) for value in (nearest, chance))
+    assert next(errors) > 20 * next(errors)
+    with pytest.raises(ValueError, match="seeds"):
+        samplers.sample(denoiser, low, sigmas, "euler", stochastic_rounding=True)
+
+
 def test_gradients_go_through_a_run_when_asked() -> None:
     x = latents().double().requires_grad_()
     assert not samplers.sample(denoiser, x, SIGMAS, "heun").requires_grad
@@ -270,7 +287,7 @@ def test_one_step_is_captured_once_and_finds_its_row() -> None:
     for step, (sigma, after) in enumerate(itertools.pairwise(SIGMAS[:-1])):
         down, up = formulas.ancestral(sigma, after)
         row = formulas.euler(x, model, sigma, down) + up * drawn(1 + 2 * step)
-        programs.append(Program({"x": row}, "x"))
+        programs.append(Program({"next": row}, "x"))
     table = stacked(programs).to(DEVICE)
     counter = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     keys, state = ops.counter_keys(1, 3, DEVICE), latents()
@@ -280,6 +297,27 @@ def test_one_step_is_captured_once_and_finds_its_row() -> None:
         counter += 1
     expected = samplers.sample(denoiser, latents(), SIGMAS[:-1], "euler_ancestral", seeds=keys)
     assert torch.equal(state, expected)
+
+
+def test_a_kept_row_may_be_the_result() -> None:
+    """The last one, or one that another is made of."""
+    for wanted, kernels in ((1, 1), (0, 1)):
+
+        def kept(x: Any, step: Any, wanted: int = wanted) -> Any:
+            x, denoised = yield x, step.sigma
+            first = step.keep(0.5 * x + 0.5 * denoised)
+            return (first, step.keep(2.0 * first))[wanted]
+
+        plan.METHODS["kept"] = kept
+        try:
+            sampler = samplers.Sampler([1.0, 0.5], "kept")
+        finally:
+            del plan.METHODS["kept"]
+        x = latents()
+        with Calls() as calls:
+            found = sampler(lambda x, sigma: 3 * x, x, seeds=1)
+        assert torch.allclose(found, (2 * x, 4 * x)[wanted])
+        assert calls.steps == kernels
 
 
 def test_one_step_is_enough() -> None:
@@ -320,12 +358,14 @@ def test_a_wrong_argument_is_named(
 
 def test_a_coefficient_that_is_no_number_is_refused() -> None:
     with pytest.raises(ValueError, match="coefficient of model"):
-        Program({"x": tensor("x") + tensor("model") * float("inf")}, "x")
+        Program({"next": tensor("x") + tensor("model") * float("inf")}, "x")
     names = [tensor(f"t{k}") for k in range(9)]
     with pytest.raises(ValueError, match="8 tensors"):
-        Program({"x": sum(names[1:], names[0])}, "t0")
+        Program({"next": sum(names[1:], names[0])}, "t0")
     with pytest.raises(ValueError, match="one noise"):
-        Program({"x": drawn(1) + drawn(2)}, "x")
+        Program({"next": drawn(1) + drawn(2)}, "x")
+    with pytest.raises(ValueError, match="name of a tensor"):
+        Program({"x": 2.0 * tensor("x")}, "x")
     with pytest.raises(ValueError, match="zero terminal"):
         formulas.denoised("epsilon", tensor("x"), tensor("model"), 0.0, 1.0)
     zero_snr = formulas.denoised("v", tensor("x"), tensor("model"), 0.0, 1.0)

@@ -1,6 +1,7 @@
-// Steps of samplers and solvers: each element by itself, in blocks of a few vectors whose sums stay
-// in registers while the terms go by. Where samples are short a tile has several, and what differs
-// from one to the next is written out for each element.
+// Steps of samplers and solvers: each element by itself, tile by tile, in blocks of a few vectors
+// whose sums stay in registers while the terms go by. Earlier rows and noise are terms too, of
+// arrays that stay in L1. Where samples are short a tile has several, and what differs from one to
+// the next is written out for each element.
 #include "ode_step.h"
 
 #include <type_traits>
@@ -15,7 +16,7 @@ namespace {
 using Place = StepTiles::Place;
 using math::kStepTensors;
 
-constexpr int kBlockVectors = 4;
+constexpr int kBlockVectors = 8;
 template <class T>
 constexpr int64_t kBlock = kBlockVectors * Vec<T>::size;
 
@@ -38,7 +39,7 @@ FASTZOO_INLINE void with_element_of(Dtype dtype, const Body& body) {
 
 template <class T, class Element>
 FASTZOO_INLINE void load_block(const Element* p, BlockOf<T>& values) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int j = 0; j < kBlockVectors; ++j) values[j] = load_wide(p + j * Vec<T>::size);
 }
 
@@ -74,50 +75,40 @@ FASTZOO_INLINE Number<T> spread(const Place& at, const StepNumbers& numbers, T* 
   return spread(at, !numbers.each, room, [&](int64_t i) { return data[numbers.each ? i : 0]; });
 }
 
-// The blocks of tensors that lie beyond the whole blocks of a tile, copied to where there is room
-// to read whole ones.
+constexpr int kMostTerms = kStepTensors + math::kStepRows;  // earlier rows and noise among them
+
+// What lies beyond the whole blocks of a tile, copied to where whole ones can be read.
 template <class T>
 struct alignas(kVectorBytes) Rests {
-  char data[kStepTensors][kBlock<T> * sizeof(T)];
+  char data[kMostTerms][kBlock<T> * sizeof(T)];
 
-  __attribute__((always_inline)) const void* copy(int k, const StepTensor& tensor, int64_t first,
-                                                  int64_t count) {
-    with_element_of<T>(tensor.dtype, [&](auto element) {
+  // Of the elements from `begin` on, fewer than a block.
+  const void* copy(int k, const void* from, Dtype dtype, int64_t begin, int64_t count) {
+    with_element_of<T>(dtype, [&](auto element) {
       using Element = decltype(element);
-      copy_few<sizeof(data[k])>(static_cast<const Element*>(tensor.data) + first, data[k],
+      copy_few<sizeof(data[k])>(static_cast<const Element*>(from) + begin, data[k],
                                 count * sizeof(Element));
     });
     return data[k];
   }
 };
 
-// Calls block(data, offset, i, count) for the elements [i, i + count) of a tile's, block by block:
-// those of tensor k are from data[k] on, `offset` elements further.
-template <class T, class Block>
-FASTZOO_INLINE void over_blocks(const StepTensor (&tensors)[kStepTensors], int64_t first,
-                                int64_t count, Rests<T>& rests, const Block& block) {
-  const void* data[kStepTensors];
-  for (int k = 0; k < kStepTensors; ++k) {
-    data[k] = nullptr;
-    if (tensors[k].data == nullptr) continue;
-    with_element_of<T>(tensors[k].dtype, [&](auto element) {
-      data[k] = static_cast<const decltype(element)*>(tensors[k].data) + first;
-    });
-  }
-  int64_t i = 0;
-  for (; i + kBlock<T> <= count; i += kBlock<T>) block(data, i, i, kBlock<T>);
-  if (i == count) return;
-  for (int k = 0; k < kStepTensors; ++k) {
-    if (data[k] != nullptr) data[k] = rests.copy(k, tensors[k], first + i, count - i);
-  }
-  block(data, 0, i, count - i);
+// Where the elements from `first` on are.
+template <class T>
+FASTZOO_INLINE const void* data_from(const StepTensor& tensor, int64_t first) {
+  const void* data = nullptr;
+  with_element_of<T>(tensor.dtype, [&](auto element) {
+    data = static_cast<const decltype(element)*>(tensor.data) + first;
+  });
+  return data;
 }
 
 // ---- the step
 
 template <class T>
 struct Term {
-  int tensor;
+  int tensor;        // which, or kStepTensors
+  const void* data;  // of the tile
   Dtype dtype;
   Number<T> weight;
   bool scaled;  // by the factors of the elements
@@ -125,10 +116,27 @@ struct Term {
 
 template <class T>
 struct Row {
-  Term<T> terms[kStepTensors];
+  Term<T> terms[kMostTerms];
   int count;
-  Number<T> previous[math::kStepRows - 1];
-  Number<T> noise, bound;
+  bool plain;  // whether all weights are the same for all elements
+  bool noisy;
+  bool bounded, divided;
+  Number<T> bound, factor;
+
+  __attribute__((always_inline)) void add(const Term<T>& term) {
+    if (term.weight.is(T(0))) return;
+    plain = plain && term.weight.each == nullptr && !term.scaled;
+    terms[count++] = term;
+  }
+};
+
+// Where a row's values go: each that is not nullptr.
+template <class Element, class T>
+struct Target {
+  T* values;
+  Element* elements;
+  const uint32_t* words;  // that round the elements
+  bool streams;
 };
 
 template <class Element>
@@ -136,22 +144,23 @@ struct OdeStep {
   using T = typename ComputeOf<Element>::type;
   using V = Vec<T>;
   using Block = BlockOf<T>;
-  static constexpr int64_t kRoom = kShortTile + kBlock<T>;
+  static constexpr int64_t kRoom = kShortTile + kBlock<T>, kTileRoom = kStepTile + kBlock<T>;
   static constexpr bool kRounds = sizeof(Element) == 2;
 
   struct alignas(kVectorBytes) Scratch {
-    T table[math::kStepRows][math::kStepNumbers][kRoom];
-    T factor[kRoom], threshold[kRoom];
-    float normals[kStepTile + kRandomAtOnce];
-    uint32_t words[kStepTile + kRandomAtOnce];
+    T values[math::kStepRows - 1][kTileRoom];
+    T noise[kTileRoom];
+    float normals[kStepTile + kRandomAtOnce];  // of which noise is made, where T is double
+    uint32_t words[kTileRoom];
     Rests<T> rests;
+    T factor[kRoom], threshold[kRoom];
+    T table[math::kStepRows][math::kStepNumbers][kRoom];
   };
 
   const OdeStepArgs& args;
   StepTiles tiles;
   Scratch& scratch;
   Row<T> rows[math::kStepRows];
-  Number<T> factor, threshold;
   int64_t prepared = -1;  // the sample that the numbers are of, where it is one
 
   __attribute__((always_inline)) OdeStep(const OdeStepArgs& args, Scratch& scratch)
@@ -183,28 +192,53 @@ struct OdeStep {
   }
 
   void prepare(const Place& at) {
-    factor = {T(1), nullptr};
+    constexpr T kInfinity = static_cast<T>(__builtin_inf());
+    constexpr Dtype kCompute = std::is_same_v<T, double> ? Dtype::float64 : Dtype::float32;
+    Number<T> factor{T(1), nullptr}, threshold;
     if (args.factor.data != nullptr) factor = spread(at, args.factor, scratch.factor);
-    threshold = {T(0), nullptr};
     if (args.threshold.data != nullptr) threshold = spread(at, args.threshold, scratch.threshold);
     for (int r = 0; r < args.rows; ++r) {
       Row<T>& row = rows[r];
+      const bool last = r + 1 == args.rows;
       row.count = 0;
+      row.plain = true;
+      row.factor = factor;
       for (int k = 0; k < kStepTensors; ++k) {
         if (args.tensors[k].data == nullptr) continue;
-        Term<T> term{k, args.tensors[k].dtype, table_number(at, r, k), (args.scaled >> k & 1) != 0};
+        Term<T> term{k, nullptr, args.tensors[k].dtype, table_number(at, r, k),
+                     (args.scaled >> k & 1) != 0};
         if (term.scaled && factor.each == nullptr && term.weight.each == nullptr) {
           term.weight.value *= factor.value;
           term.scaled = false;
         }
-        if (!term.weight.is(T(0))) row.terms[row.count++] = term;
+        row.add(term);
       }
-      for (int j = 0; j < r; ++j) row.previous[j] = table_number(at, r, math::kStepPrevious + j);
-      const bool last = r + 1 == args.rows;
-      row.noise = {T(0), nullptr};
-      if (last && args.keys != nullptr) row.noise = table_number(at, r, math::kStepNoise);
-      row.bound = {static_cast<T>(__builtin_inf()), nullptr};
-      if (!last) row.bound = table_number(at, r, math::kStepBound);
+      for (int j = 0; j < r; ++j) {
+        const Number<T> weight = table_number(at, r, math::kStepPrevious + j);
+        row.add({kStepTensors, scratch.values[j], kCompute, weight, false});
+      }
+      const int before = row.count;
+      if (last && args.keys != nullptr) {
+        const Number<T> weight = table_number(at, r, math::kStepNoise);
+        row.add({kStepTensors, noise(), kCompute, weight, false});
+      }
+      row.noisy = row.count > before;
+      row.divided = r == 0 && !last && args.threshold.data != nullptr;
+      row.bound = {kInfinity, nullptr};
+      if (row.divided) {
+        row.bound = threshold;
+      } else if (!last) {
+        row.bound = table_number(at, r, math::kStepBound);
+      }
+      row.bounded = row.divided || !row.bound.is(kInfinity);
+    }
+  }
+
+  T* noise() const {
+    if constexpr (std::is_same_v<T, float>) {
+      return scratch.normals;
+    } else {
+      return scratch.noise;
     }
   }
 
@@ -224,94 +258,138 @@ struct OdeStep {
   }
 
   void tile(const Place& at) {
-    const bool noise = !rows[args.rows - 1].noise.is(T(0));
-    if (noise) random(at, 0, scratch.normals);
+    const int last = args.rows - 1;
+    if (rows[last].noisy) {
+      random(at, 0, scratch.normals);
+      if constexpr (std::is_same_v<T, double>) {
+        for (int64_t i = 0; i < at.count(); ++i) scratch.noise[i] = scratch.normals[i];
+      }
+    }
     const bool stochastic = kRounds && args.stochastic;
     if (stochastic) random(at, math::kRoundingDraw, scratch.words);
     const int64_t first = at.sample * args.size + at.begin;
-    Element* const out = static_cast<Element*>(args.out) + first;
-    const bool streams =
-        args.streams && !kRounds && reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
-    over_blocks<T>(
-        args.tensors, first, at.count(), scratch.rests,
-        [&](const void* const(&data)[kStepTensors], int64_t offset, int64_t i, int64_t count) {
-          Block values[math::kStepRows];
-          for (int r = 0; r + 1 < args.rows; ++r) {
-            sum_row(r, data, offset, i, values);
-            if (args.kept[r] == nullptr) continue;
-            put(values[r], static_cast<Element*>(args.kept[r]) + first + i, count);
-          }
-          const int last = args.rows - 1;
-          sum_row(last, data, offset, i, values);
-          if (stochastic) {
-            put_rounded(values[last], i, out + i, count);
-          } else if (streams && count == kBlock<T>) {
-            stream_block(values[last], out + i);
-          } else {
-            put(values[last], out + i, count);
-          }
-        });
+    for (int r = 0; r <= last; ++r) {
+      void* const to = r == last ? args.out : args.kept[r];
+      Target<Element, T> target{};
+      if (to != nullptr) target.elements = static_cast<Element*>(to) + first;
+      if (r < last) {
+        target.values = scratch.values[r];
+      } else {
+        if (stochastic) target.words = scratch.words;
+        target.streams = args.streams && !kRounds &&
+                         reinterpret_cast<uintptr_t>(target.elements) % kVectorBytes == 0;
+      }
+      row_of_tile(rows[r], first, at.count(), target);
+    }
   }
 
-  __attribute__((always_inline)) void sum_row(int r, const void* const (&data)[kStepTensors],
-                                              int64_t offset, int64_t i,
-                                              Block (&values)[math::kStepRows]) const {
-    const Row<T>& row = rows[r];
+  void row_of_tile(Row<T>& row, int64_t first, int64_t count, const Target<Element, T>& target) {
+    for (int k = 0; k < row.count; ++k) {
+      Term<T>& term = row.terms[k];
+      if (term.tensor < kStepTensors) term.data = data_from<T>(args.tensors[term.tensor], first);
+    }
+    const int64_t whole = count / kBlock<T> * kBlock<T>;
+    if (whole > 0) (row.plain ? blocks<true> : blocks<false>)(row, whole, target);
+    if (whole == count) return;
+    Row<T> rest = row;
+    for (int k = 0; k < rest.count; ++k) {
+      Term<T>& term = rest.terms[k];
+      term.data = scratch.rests.copy(k, term.data, term.dtype, whole, count - whole);
+    }
     Block sum;
-    for (V& each : sum) each = V(T(0));
+    sum_block<false>(rest, whole, 0, sum);
+    put(sum, whole, count - whole, target);
+  }
+
+  // Of a copy of the row, which no store can be thought to change.
+  template <bool kPlain>
+  __attribute__((noinline)) static void blocks(const Row<T>& row_of, int64_t count,
+                                               const Target<Element, T>& target_of) {
+    const Row<T> row = row_of;
+    const Target<Element, T> target = target_of;
+    for (int64_t i = 0; i < count; i += kBlock<T>) {
+      Block sum;
+      sum_block<kPlain>(row, i, i, sum);
+      put(sum, i, kBlock<T>, target);
+    }
+  }
+
+  // Of the elements from i on, which the terms' data have from `offset` on.
+  template <bool kPlain>
+  FASTZOO_INLINE void sum_block(const Row<T>& row, int64_t i, int64_t offset, Block& sum) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kBlockVectors; ++j) sum[j] = V(T(0));
     for (int k = 0; k < row.count; ++k) {
       const Term<T>& term = row.terms[k];
-      Block x;
       with_element_of<T>(term.dtype, [&](auto element) {
-        load_block<T>(static_cast<const decltype(element)*>(data[term.tensor]) + offset, x);
-      });
-      if (term.weight.each == nullptr && !term.scaled) {
-        const V weight(term.weight.value);
-#pragma GCC unroll 4
-        for (int j = 0; j < kBlockVectors; ++j) sum[j] = fused_multiply_add(weight, x[j], sum[j]);
-      } else {
-        const Number<T> scale = term.scaled ? factor : Number<T>{T(1), nullptr};
-#pragma GCC unroll 4
-        for (int j = 0; j < kBlockVectors; ++j) {
-          const int64_t at = i + j * V::size;
-          sum[j] = math::add_weighted(term.weight.at(at) * scale.at(at), x[j], sum[j]);
-        }
-      }
-    }
-    for (int j = 0; j < r; ++j) add(row.previous[j], values[j], i, sum);
-    if (!row.noise.is(T(0))) {
-      Block z;
-      for (int j = 0; j < kBlockVectors; ++j) {
-        const float* const from = scratch.normals + i + j * V::size;
-        if constexpr (std::is_same_v<T, double>) {
-          z[j] = load_doubles(from);
+        const auto* const x = static_cast<const decltype(element)*>(term.data) + offset;
+        if constexpr (kPlain) {
+          add_same(term, x, sum);
         } else {
-          z[j] = V::load(from);
+          add_each(term, row.factor, x, i, sum);
         }
-      }
-      add(row.noise, z, i, sum);
+      });
     }
-    const bool thresholds = r == 0 && args.threshold.data != nullptr;
-    if (thresholds || !row.bound.is(static_cast<T>(__builtin_inf()))) {
-      for (int j = 0; j < kBlockVectors; ++j) {
-        const int64_t at = i + j * V::size;
-        sum[j] = thresholds ? math::thresholded(sum[j], threshold.at(at))
-                            : math::clamp_to(sum[j], row.bound.at(at));
-      }
+    if (!row.bounded) return;
+    for (int j = 0; j < kBlockVectors; ++j) {
+      const V bound = row.bound.at(i + j * V::size);
+      sum[j] = row.divided ? math::thresholded(sum[j], bound) : math::clamp_to(sum[j], bound);
     }
-    for (int j = 0; j < kBlockVectors; ++j) values[r][j] = sum[j];
   }
 
-  FASTZOO_INLINE void add(const Number<T>& weight, const Block& x, int64_t i, Block& sum) {
-    if (weight.is(T(0))) return;
+  template <class Stored>
+  FASTZOO_INLINE void add_same(const Term<T>& term, const Stored* x, Block& sum) {
+    const V weight(term.weight.value);
+#pragma GCC unroll 8
     for (int j = 0; j < kBlockVectors; ++j) {
-      sum[j] = math::add_weighted(weight.at(i + j * V::size), x[j], sum[j]);
+      sum[j] = fused_multiply_add(weight, load_wide(x + j * V::size), sum[j]);
+    }
+  }
+
+  template <class Stored>
+  FASTZOO_INLINE void add_each(const Term<T>& term, const Number<T>& factor, const Stored* x,
+                               int64_t i, Block& sum) {
+    Block weights;
+#pragma GCC unroll 8
+    for (V& weight : weights) weight = V(term.weight.value);
+    if (term.weight.each != nullptr) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kBlockVectors; ++j) {
+        weights[j] = V::load(term.weight.each + i + j * V::size);
+      }
+    }
+    if (term.scaled) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kBlockVectors; ++j) {
+        weights[j] = weights[j] * factor.at(i + j * V::size);
+      }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < kBlockVectors; ++j) {
+      sum[j] = math::add_weighted(weights[j], load_wide(x + j * V::size), sum[j]);
+    }
+  }
+
+  FASTZOO_INLINE void put(const Block& sum, int64_t i, int64_t count,
+                          const Target<Element, T>& target) {
+    if (target.values != nullptr) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kBlockVectors; ++j) sum[j].store(target.values + i + j * V::size);
+    }
+    if (target.elements == nullptr) return;
+    Element* const to = target.elements + i;
+    if (target.words != nullptr) {
+      put_rounded(sum, target.words + i, to, count);
+    } else if (target.streams && count == kBlock<T>) {
+      stream_block(sum, to);
+    } else {
+      put(sum, to, count);
     }
   }
 
   FASTZOO_INLINE void put(const Block& values, Element* to, int64_t count) {
     if (count == kBlock<T>) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int j = 0; j < kBlockVectors; ++j) store_narrow(values[j], to + j * V::size);
     } else {
       Element stored[kBlock<T>];
@@ -322,18 +400,19 @@ struct OdeStep {
 
   FASTZOO_INLINE void stream_block(const Block& values, Element* to) {
     if constexpr (!kRounds) {
+#pragma GCC unroll 8
       for (int j = 0; j < kBlockVectors; ++j) stream(values[j], to + j * V::size);
     }
   }
 
-  __attribute__((always_inline)) void put_rounded(const Block& values, int64_t i, Element* to,
-                                                  int64_t count) const {
+  FASTZOO_INLINE void put_rounded(const Block& values, const uint32_t* words, Element* to,
+                                  int64_t count) {
     if constexpr (kRounds) {
       Element stored[kBlock<T>];
       for (int j = 0; j < kBlockVectors; ++j) {
         Element* const own = stored + j * V::size;
         store_narrow(values[j], own);
-        const Words word = Words::load(scratch.words + i + j * V::size);
+        const Words word = Words::load(words + j * V::size);
         const Words nearest = Words::load_lower(&own->bits);
         if constexpr (std::is_same_v<Element, Half>) {
           math::stochastic_half(values[j], word, nearest).store_lower(&own->bits);
@@ -362,27 +441,63 @@ void random_of_tile(const CounterArgs& args, const Place& at, Number* to) {
   }
 }
 
+// Calls block(data, offset, i) for the elements from i on of a tile's, block by block: tensor k has
+// them from data[k] + offset on.
+template <class T, class Block>
+FASTZOO_INLINE void over_blocks(const StepTensor (&tensors)[kStepTensors], int64_t first,
+                                int64_t count, Rests<T>& rests, const Block& block) {
+  const void* data[kStepTensors];
+  for (int k = 0; k < kStepTensors; ++k) {
+    data[k] = tensors[k].data == nullptr ? nullptr : data_from<T>(tensors[k], first);
+  }
+  int64_t i = 0;
+  for (; i + kBlock<T> <= count; i += kBlock<T>) block(data, i, i);
+  if (i == count) return;
+  for (int k = 0; k < kStepTensors; ++k) {
+    if (data[k] != nullptr) data[k] = rests.copy(k, data[k], tensors[k].dtype, i, count - i);
+  }
+  block(data, 0, i);
+}
+
 // ---- guidance
 
 template <class T>
 FASTZOO_INLINE Moments moments_of(const T* values, int64_t count) {
   using V = Vec<T>;
-  const int64_t whole = count / V::size * V::size;
-  const typename V::MaskType rest{(1u << (count - whole)) - 1};
+  constexpr int kChains = 4;  // of additions at a time
+  constexpr int64_t kStep = kChains * V::size;
+  const int64_t whole = count / kStep * kStep;
   const V zero(T(0));
-  V sum = select(rest, V::load(values + whole), zero);
-  for (int64_t i = 0; i < whole; i += V::size) sum = sum + V::load(values + i);
+  // Calls visit(chain, values, mask of those that count).
+  const auto over_vectors = [&](const auto& visit) {
+    constexpr auto kAll = V::MaskType::kAll;
+    for (int64_t i = 0; i < whole; i += kStep) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kChains; ++j) visit(j, V::load(values + i + j * V::size), {kAll});
+    }
+    for (int64_t i = whole; i < count; i += V::size) {
+      const int64_t rest = count - i;
+      const uint32_t bits = rest < V::size ? (1u << rest) - 1 : kAll;
+      visit(0, V::load(values + i), typename V::MaskType{bits});
+    }
+  };
+  const auto joined = [](const V(&chains)[kChains]) {
+    return lane_sum((chains[0] + chains[1]) + (chains[2] + chains[3]));
+  };
+  V sums[kChains] = {zero, zero, zero, zero}, squares[kChains] = {zero, zero, zero, zero};
+  over_vectors([&](int j, V value, typename V::MaskType counts) {
+    sums[j] = sums[j] + select(counts, value, zero);
+  });
   // Distances are from what is close to the mean; how close, their sum tells.
-  const T middle = lane_sum(sum) / static_cast<T>(count);
-  V by = select(rest, V::load(values + whole) - V(middle), zero);
-  V squares = by * by;
-  for (int64_t i = 0; i < whole; i += V::size) {
-    const V distance = V::load(values + i) - V(middle);
-    by = by + distance;
-    squares = fused_multiply_add(distance, distance, squares);
-  }
-  const double off = static_cast<double>(lane_sum(by)) / static_cast<double>(count);
-  return {middle + off, lane_sum(squares) - off * off * static_cast<double>(count)};
+  const T middle = joined(sums) / static_cast<T>(count);
+  for (V& sum : sums) sum = zero;
+  over_vectors([&](int j, V value, typename V::MaskType counts) {
+    const V distance = select(counts, value - V(middle), zero);
+    sums[j] = sums[j] + distance;
+    squares[j] = fused_multiply_add(distance, distance, squares[j]);
+  });
+  const double size = static_cast<double>(count), off = joined(sums) / size;
+  return {middle + off, joined(squares) - off * off * size};
 }
 
 template <class T>
@@ -399,7 +514,7 @@ struct Guidance {
                                       [&](int64_t i) { return by[args.guidance.each ? i : 0]; });
     const StepTensor tensors[kStepTensors] = {args.cond, args.uncond};
     over_blocks<T>(tensors, at.sample * args.size + at.begin, at.count(), scratch.rests,
-                   [&](const void* const(&data)[kStepTensors], int64_t offset, int64_t i, int64_t) {
+                   [&](const void* const(&data)[kStepTensors], int64_t offset, int64_t i) {
                      BlockOf<T> cond, uncond;
                      with_element_of<T>(args.cond.dtype, [&](auto element) {
                        load_block<T>(static_cast<const decltype(element)*>(data[0]) + offset, cond);
@@ -438,27 +553,27 @@ struct StepError {
     const V rtol(static_cast<T>(args.rtol)), atol(static_cast<T>(args.atol));
     with_element_of<T>(args.dtype, [&](auto element) {
       using Element = decltype(element);
-      over_blocks<T>(
-          args.tensors, at.sample * args.size + at.begin, at.count(), scratch.rests,
-          [&](const void* const(&data)[kStepTensors], int64_t offset, int64_t i, int64_t) {
-            BlockOf<T> sum, x, y;
-            for (V& each : sum) each = V(T(0));
-            for (int k = 2; k < kStepTensors; ++k) {
-              const T weight = static_cast<T>(args.weights[k]);
-              if (data[k] == nullptr || weight == T(0)) continue;
-              load_block<T>(static_cast<const Element*>(data[k]) + offset, x);
-              for (int j = 0; j < kBlockVectors; ++j) {
-                sum[j] = fused_multiply_add(V(weight), x[j], sum[j]);
-              }
-            }
-            load_block<T>(static_cast<const Element*>(data[0]) + offset, x);
-            load_block<T>(static_cast<const Element*>(data[1]) + offset, y);
-            for (int j = 0; j < kBlockVectors; ++j) {
-              const int64_t own = i + j * V::size;
-              const V ratio = factor.at(own) * sum[j] / math::error_scale(x[j], y[j], rtol, atol);
-              (ratio * ratio).store(scratch.squares + own);
-            }
-          });
+      over_blocks<T>(args.tensors, at.sample * args.size + at.begin, at.count(), scratch.rests,
+                     [&](const void* const(&data)[kStepTensors], int64_t offset, int64_t i) {
+                       BlockOf<T> sum, x, y;
+                       for (V& each : sum) each = V(T(0));
+                       for (int k = 2; k < kStepTensors; ++k) {
+                         const T weight = static_cast<T>(args.weights[k]);
+                         if (data[k] == nullptr || weight == T(0)) continue;
+                         load_block<T>(static_cast<const Element*>(data[k]) + offset, x);
+                         for (int j = 0; j < kBlockVectors; ++j) {
+                           sum[j] = fused_multiply_add(V(weight), x[j], sum[j]);
+                         }
+                       }
+                       load_block<T>(static_cast<const Element*>(data[0]) + offset, x);
+                       load_block<T>(static_cast<const Element*>(data[1]) + offset, y);
+                       for (int j = 0; j < kBlockVectors; ++j) {
+                         const int64_t own = i + j * V::size;
+                         const V ratio =
+                             factor.at(own) * sum[j] / math::error_scale(x[j], y[j], rtol, atol);
+                         (ratio * ratio).store(scratch.squares + own);
+                       }
+                     });
     });
     sum_rows(scratch.squares, at.samples, at.width,
              [&](int64_t sample, T sum) { parts[sample] = sum; });
@@ -471,7 +586,7 @@ void over_tiles(const Args& args, Part* parts, int64_t each, int64_t begin, int6
   const StepTiles tiles = args.tiles();
   for (int64_t i = begin; i < end; ++i) {
     const Place at = tiles.place(i);
-    const int64_t first = at.sample * tiles.pieces + (at.samples > 1 ? 0 : i % tiles.pieces);
+    const int64_t first = at.sample * tiles.pieces + i % tiles.pieces;
     Kernel::tile(args, at, parts + each * first, scratch);
   }
 }

@@ -10,7 +10,7 @@
 namespace fastzoo::cpu {
 
 // Elements of a tile at most: of a piece of a long sample, and of several short ones.
-constexpr int64_t kStepTile = 2048;
+constexpr int64_t kStepTile = 1024;
 constexpr int64_t kShortTile = 512;
 
 // Samples of `size` elements each in tiles: of several whole ones where they are short, and else of
@@ -33,7 +33,7 @@ struct StepTiles {
     if (size <= kShort) {
       samples_each = kShortTile / (size > 1 ? size : 1);
     } else {
-      constexpr int64_t kMultiple = 64;
+      constexpr int64_t kMultiple = 128;
       const int64_t least = (size + kStepTile - 1) / kStepTile;
       piece = math::round_up((size + least - 1) / least, kMultiple);
       pieces = (size + piece - 1) / piece;

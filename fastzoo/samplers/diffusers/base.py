@@ -9,7 +9,8 @@ class of its name (``parent``), and has
 * ``rows``: the step as combinations of tensors (:mod:`fastzoo.samplers.algebra`), for many steps at
   once: ``steps`` is an array of their indices, and a coefficient is an array with one number for
   each. The last row is the next sample; those before it are returned too. A row called ``x0`` is
-  what ``clip_sample`` and ``thresholding`` are about. ``rows`` runs once a run, at its first step.
+  what ``clip_sample`` and ``thresholding`` are about. No row has a tensor's name (``sample``).
+  ``rows`` runs once a run, at its first step.
 * ``groups``, only where some steps are of another structure than others (no noise in the last, a
   lower order in the first): the indices that ``rows`` takes together.
 * ``history``, if any: ``rows`` names the tensors of earlier steps as the ``history`` does that
@@ -59,24 +60,58 @@ DIFFUSERS = _diffusers()
 
 
 class SchedulerOutput:
-    """``prev_sample`` and ``pred_original_sample``: by attribute, by name, by number."""
+    """``prev_sample`` and ``pred_original_sample``: by attribute, by name, by number.
 
-    __slots__ = ("pred_original_sample", "prev_sample")
+    The latter may be a function, which is called when it is first read: few loops read x0, and
+    writing it is a quarter of a step's time.
+    """
 
-    def __init__(self, prev_sample: Tensor, pred_original_sample: Tensor | None = None) -> None:
+    __slots__ = ("_x0", "prev_sample")
+
+    def __init__(
+        self,
+        prev_sample: Tensor,
+        pred_original_sample: Tensor | Callable[[], Tensor] | None = None,
+    ) -> None:
         self.prev_sample = prev_sample
-        self.pred_original_sample = pred_original_sample
+        self._x0 = pred_original_sample
+
+    @property
+    def pred_original_sample(self) -> Tensor | None:
+        if callable(self._x0):
+            self._x0 = self._x0()
+        return self._x0
 
     def to_tuple(self) -> tuple[Tensor, ...]:
-        if self.pred_original_sample is None:
-            return (self.prev_sample,)
-        return self.prev_sample, self.pred_original_sample
+        x0 = self.pred_original_sample
+        return (self.prev_sample,) if x0 is None else (self.prev_sample, x0)
 
     def __getitem__(self, which: str | int | slice) -> Any:
+        if which in (0, "prev_sample"):
+            return self.prev_sample
         return getattr(self, which) if isinstance(which, str) else self.to_tuple()[which]
 
     def __len__(self) -> int:
-        return len(self.to_tuple())
+        return 1 if self._x0 is None else 2
+
+
+def _unchanged(tensors: list[Tensor], compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Computes later what these tensors give now, or says that they were written to."""
+
+    def versions() -> list[int]:
+        return [0 if t.is_inference() else t._version for t in tensors]
+
+    before = versions()
+
+    def later() -> Tensor:
+        if versions() != before:
+            raise RuntimeError(
+                "pred_original_sample: a tensor given to step was changed in place since; read "
+                "it before that, or take it with return_dict=False"
+            )
+        return compute()
+
+    return later
 
 
 if DIFFUSERS is None:
@@ -162,7 +197,7 @@ def _keep_ours(theirs: Any, ours: type) -> None:
     theirs.from_config = classmethod(from_config)
 
 
-def _randn(
+def randn(
     shape: tuple[int, ...], generator: Any, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Noise of a generator, or of a list of one for each sample; where the generator is on the CPU
@@ -171,7 +206,7 @@ def _randn(
         if len(generator) not in (1, shape[0]):
             raise ValueError(f"generator: expected 1 or {shape[0]}, got {len(generator)}")
         if len(generator) > 1:
-            return torch.cat([_randn((1, *shape[1:]), g, device, dtype) for g in generator])
+            return torch.cat([randn((1, *shape[1:]), g, device, dtype) for g in generator])
         generator = generator[0]
     where = device if generator is None else generator.device
     return torch.randn(shape, generator=generator, device=where, dtype=dtype).to(device)
@@ -241,9 +276,14 @@ class Scheduler:
     _step_index: int | None = None
     _run: _Run | None = None
     _keys: tuple[Any, Tensor, Any] | None = None
+    _levels: numpy.ndarray
+    _mixtures: dict[str, tuple[Program, Tables]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith(f"{__package__}."):
+            # Where a saved pipeline finds the class, and beside it diffusers' SchedulerMixin.
+            cls.__module__ = __package__
         for base in cls.__bases__ if DIFFUSERS is not None else ():
             if base.__name__ == cls.__name__ and base.__module__.startswith("diffusers."):
                 _keep_ours(base, cls)
@@ -305,6 +345,7 @@ class Scheduler:
             self._levels = sigmas
             self.sigmas = self._shown_sigmas = torch.from_numpy(sigmas.astype(numpy.float32))
         self._begin_index = self._step_index = self._run = None
+        self._mixtures = {}
 
     def _adopt(self) -> None:
         """Takes the timesteps or noise levels that were assigned to the attributes."""
@@ -361,6 +402,7 @@ class Scheduler:
         if place is None:
             begin = self._begin_index
             place = self.index_for_timestep(timestep) if begin is None else begin
+            self._step_index = place
         if place >= len(self._host):
             raise ValueError(
                 f"step: this run has {len(self._host)} steps; set_timesteps begins anew"
@@ -401,6 +443,8 @@ class Scheduler:
         programs: list[tuple[Program, Program | None]] = []
         places: dict[int, tuple[int, int]] = {}
         for steps in self.groups(numpy.arange(index, len(self._grid)), *options):
+            if not len(steps):
+                continue
             z = noise(0) if seeded else tensor("noise")
             rows = self.rows(steps, tensor("sample"), output, z, *options)
             kept = list(rows)[:-1]
@@ -434,6 +478,7 @@ class Scheduler:
         seeds: Any = None,
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.0,
+        later: bool = False,
     ) -> Any:
         """The values of the step's rows, the next sample first.
 
@@ -445,6 +490,7 @@ class Scheduler:
             noise_dtype: what noise is drawn in; None for the model output's.
             guidance_scale, guidance_rescale: of classifier-free guidance; the model's output is
                 then of twice the batch, the unconditional half first.
+            later: of a step whose rows are x0 and the next sample: x0 is what computes it.
         """
         index = self._place(timestep)
         like = "sample"
@@ -473,7 +519,7 @@ class Scheduler:
         if "noise" in program.inputs:
             if noise is None:
                 dtype = noise_dtype or model_output.dtype
-                noise = _randn(sample.shape, generator, sample.device, dtype)
+                noise = randn(sample.shape, generator, sample.device, dtype)
             tensors["noise"] = noise
         if sample.dtype == torch.float64:
             tensors = {name: t.double() for name, t in tensors.items()}
@@ -487,9 +533,50 @@ class Scheduler:
         if peek is not None:
             x0 = peek(tensors, peek_table, factor=more.get("factor"))
             more["threshold"] = self._threshold(x0)
-        result = program(tensors, table, **more)
+        inputs = [tensors[name] for name in program.inputs]
+        step = functools.partial(ops.ode_step, inputs, table, scaled=program.scaled, **more)
         self._step_index = index + 1
-        return result if program.keep else (result,)
+        if later:
+            return step(), _unchanged(inputs, lambda: step(keep=program.keep)[1])
+        return step(keep=program.keep) if program.keep else (step(),)
+
+    def _step(self, return_dict: bool, *args: Any, **more: Any) -> Any:
+        """The output of a step whose rows are x0 and the next sample."""
+        if not return_dict:
+            return self._advance(*args, **more)
+        return SchedulerOutput(*self._advance(*args, later=True, **more))
+
+    def _mixed(
+        self, what: str, row: Combination, x: Tensor, noise: Tensor, places: Tensor | int
+    ) -> Tensor:
+        """A mixture of data and noise whose weights are those of each sample's place, or of one."""
+        if what not in self._mixtures:
+            program = Program({what: row}, "x")
+            self._mixtures[what] = program, Tables([program])
+        program, tables = self._mixtures[what]
+        table = tables.on(x.device)[0]
+        if isinstance(places, Tensor):
+            table = table.index_select(1, places.to(x.device).flatten())
+        else:
+            table = table[:, places : places + 1]
+        noise = noise.expand_as(x)
+        if x.dtype == torch.float64 or noise.dtype == torch.float64:
+            noise = noise.to(x.dtype)
+        result: Tensor = program({"x": x, "noise": noise}, table)
+        return result
+
+    def _places_of(self, timesteps: Tensor) -> Tensor | int:
+        """The steps of these timesteps; where the run is, if ``set_begin_index`` was called."""
+        if self._begin_index is None:
+            found = [self.index_for_timestep(t) for t in timesteps.flatten().tolist()]
+            return torch.tensor(found, dtype=torch.int64)
+        return self._begin_index if self._step_index is None else self._step_index
+
+    def _counter_noise(self, seeds: Any, sample: Tensor, draw: int) -> Tensor:
+        """The noise that ``seeds`` stand for, as a tensor: for what one kernel does not do."""
+        keys = self._counter_keys(seeds, sample)
+        flat = ops.counter_normal(keys, sample[0].numel(), draw)
+        return flat.view(sample.shape)
 
     def _of_one_kind(self, model_output: Tensor, sample: Tensor) -> tuple[str, Tensor, Tensor]:
         """Which of the two the next sample is like, and both, as one kernel takes them."""

@@ -9,15 +9,13 @@ from torch import Tensor
 from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Combination, tensor
 from fastzoo.samplers.diffusers.base import (
-    Scheduler,
-    SchedulerOutput,
     parent,
     register_to_config,
 )
-from fastzoo.samplers.diffusers.noise_levels import VariancePreserving
+from fastzoo.samplers.diffusers.noise_levels import VariancePreserving, spaced
 
 
-class DDIMScheduler(VariancePreserving, Scheduler, parent("DDIMScheduler")):  # type: ignore[misc]
+class DDIMScheduler(VariancePreserving, parent("DDIMScheduler")):  # type: ignore[misc]
     """diffusers' ``DDIMScheduler``, each step one kernel."""
 
     any_order = True
@@ -52,7 +50,7 @@ class DDIMScheduler(VariancePreserving, Scheduler, parent("DDIMScheduler")):  # 
     ) -> None:
         """The timesteps of a run, by ``timestep_spacing``."""
         self.num_inference_steps = num_inference_steps
-        self._publish(self._spaced(num_inference_steps), device=device)
+        self._publish(spaced(self.config, num_inference_steps, whole=True), device=device)
 
     def _find(self, timestep: float) -> int:
         """Any timestep has a step, to the one a step's length before it."""
@@ -88,8 +86,8 @@ class DDIMScheduler(VariancePreserving, Scheduler, parent("DDIMScheduler")):  # 
             eps = formulas.noise_of(x, x0, alpha, sigma)
         std = eta * numpy.sqrt(formulas.posterior_variance(alpha, sigma, next_alpha, next_sigma))
         drawn = noise if eta > 0 else None
-        sample = formulas.ddim(tensor("x0"), eps, next_alpha, next_sigma, std, drawn)
-        return {"x0": x0, "sample": sample}
+        prev_sample = formulas.ddim(tensor("x0"), eps, next_alpha, next_sigma, std, drawn)
+        return {"x0": x0, "prev_sample": prev_sample}
 
     def step(
         self,
@@ -111,7 +109,8 @@ class DDIMScheduler(VariancePreserving, Scheduler, parent("DDIMScheduler")):  # 
             raise ValueError("step: call set_timesteps first")
         if variance_noise is not None and (generator is not None or seeds is not None):
             raise ValueError("variance_noise: not together with generator or seeds")
-        prev_sample, x0 = self._advance(
+        return self._step(
+            return_dict,
             model_output,
             timestep,
             sample,
@@ -122,4 +121,3 @@ class DDIMScheduler(VariancePreserving, Scheduler, parent("DDIMScheduler")):  # 
             guidance_scale=guidance_scale,
             guidance_rescale=guidance_rescale,
         )
-        return SchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
