@@ -86,7 +86,7 @@ def odeint_adjoint(
             },
         },
     )
-    found = _Adjoint.apply(run, t, *parts, *params)
+    found = _Adjoint.apply(run, t, *parts, *params)  # type: ignore[no-untyped-call]
     return found if is_tuple else found[0]
 
 
@@ -201,7 +201,7 @@ class _FirstOrder(torch.autograd.Function):
 
 
 def _first_order(grads: list[Tensor], depends_on: list[Tensor]) -> list[Tensor]:
-    return list(_FirstOrder.apply(len(grads), *grads, *depends_on))
+    return list(_FirstOrder.apply(len(grads), *grads, *depends_on))  # type: ignore[no-untyped-call]
 
 
 def _scalar(name: str, value: Any) -> float:

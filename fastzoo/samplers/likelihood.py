@@ -80,6 +80,7 @@ def log_likelihood(
         raise ValueError("x: expected a floating tensor [B, ...]")
     if not isinstance(t, Tensor) or t.dim() != 1 or len(t) < 2:
         raise ValueError("t: expected the time of the data and that of the prior")
+    trace: Callable[[Tensor, Tensor, bool], Tensor]
     if divergence == "exact":
         trace = _exact
     elif divergence == "hutchinson":
@@ -103,7 +104,9 @@ def log_likelihood(
         augmented, start, t, method=method, rtol=rtol, atol=atol, options=options
     )
     end = found[-1].to(wide)
-    return (_normal(end, float(prior)) if isinstance(prior, int | float) else prior(end)) + change[-1]
+    of_end: Tensor = _normal(end, float(prior)) if isinstance(prior, int | float) else prior(end)
+    total: Tensor = of_end + change[-1]
+    return total
 
 
 def _normal(x: Tensor, deviation: float) -> Tensor:

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fastzoo.samplers.runge_kutta import (
     StepSizeUnderflow,
     first_step,
     norm_weights,
+    not_finite,
     underflow_cause,
 )
 from fastzoo.samplers.tableaus import ADAPTIVE, FIXED, Tableau
@@ -128,7 +130,7 @@ def _check_times(t: object) -> tuple[list[float], float]:
     times = t.detach().double().tolist()
     sign = -1.0 if len(times) > 1 and times[0] > times[1] else 1.0
     times = [sign * value for value in times]
-    if not all(a < b for a, b in zip(times, times[1:], strict=False)):
+    if not all(a < b for a, b in pairwise(times)):
         raise ValueError("t: expected strictly increasing or strictly decreasing times")
     return times, sign
 
@@ -167,7 +169,8 @@ class _Adaptive:
         self.dense = DenseOutput(tableau, device)
         self.used = [j for j, weight in enumerate(tableau.error) if weight != 0]
         self.error_weights = norm_weights([tableau.error[j] for j in self.used], device)
-        self.rounded = float if options.dtype == torch.float64 else _to_float32
+        narrow = options.dtype == torch.float32 and rhs.time_dtype == torch.float32
+        self.rounded = _to_float32 if narrow else float
         self.times = [self.rounded(time) for time in times]
         self.stops = sorted(
             [(time, False) for time in self._given("step_t")]
@@ -222,11 +225,11 @@ class _Adaptive:
             return self.rounded(self.options.first_step)
         tau = torch.full((1,), self.t, dtype=torch.float64, device=self.y.device)
         h = first_step(self.rhs, self.norm, self.y, self.f, tau, self.order).item()
-        if math.isnan(h):
-            what = "y0 has" if not bool(self.y.isfinite().all()) else "func gave"
-            raise self._stopped(
-                NonFiniteDerivative, [self.y], f"{what} infinities or NaN at t = {self._at()}"
-            )
+        if not h > 0:
+            found = not_finite(self.y, self.f)
+            if found is not None:
+                message = f"{found} infinities or NaN at t = {self._at()}"
+                raise self._stopped(NonFiniteDerivative, [self.y], message)
         return self.rounded(h)
 
     def _step(self, states: list[Tensor]) -> None:
@@ -278,7 +281,8 @@ class _Adaptive:
         if math.isnan(ratio):
             return options.dfactor
         least = 1.0 if ratio < 1 else options.dfactor
-        return min(options.ifactor, max(options.safety / ratio ** (1 / self.order), least))
+        wanted: float = options.safety / ratio ** (1 / self.order)
+        return min(options.ifactor, max(wanted, least))
 
     def _evaluate(self, target: float) -> Tensor:
         """The state at a time in the last step."""

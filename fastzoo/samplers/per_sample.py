@@ -6,8 +6,6 @@ numbers a step: whether all are done, whether one cannot go on, and which of the
 were passed.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,7 @@ from fastzoo.samplers.runge_kutta import (
     StepSizeUnderflow,
     first_step,
     norm_weights,
+    not_finite,
     underflow_cause,
 )
 from fastzoo.samplers.tableaus import Tableau
@@ -54,6 +53,8 @@ def integrate_per_sample(
     states = [y, *[torch.zeros_like(y)] * (count - 1)]
     # How many of the requested times each sample has reached.
     reached = torch.ones(len(y), dtype=torch.int64, device=device)
+    # Whose last step came to NaN.
+    undefined = torch.zeros_like(reached, dtype=torch.bool)
     steps = 0
     while True:
         with torch.no_grad():
@@ -86,11 +87,12 @@ def integrate_per_sample(
             x = torch.where(passed, (targets[j] - tau) / h, 0)
             states[j] = torch.where(spread(passed), dense(x, y, k, factor), states[j])
         if failed:
-            raise _stuck(rhs, norm, tau, h, y, stuck, ratio)
+            raise _stuck(rhs, norm, tau, h, y, f, stuck, undefined)
         y = torch.where(spread(accepted), end, y)
         f = torch.where(spread(accepted), k[-1], f)
         tau = torch.where(accepted, ends, tau)
         h = h * growth(ratio, tableau.order, options)
+        undefined = ratio.isnan()
         steps += 1
         if not going_on:
             return states
@@ -119,15 +121,16 @@ def _stuck(
     tau: Tensor,
     h: Tensor,
     y: Tensor,
+    f: Tensor,
     stuck: Tensor,
-    ratio: Tensor,
+    undefined: Tensor,
 ) -> IntegrationError:
     b = int(stuck.nonzero()[0])
     at, step = rhs.sign * float(tau[b]), float(h[b])
-    finite = not (math.isnan(step) or math.isnan(float(ratio[b])))
-    if math.isnan(step):
-        what = "y0 has" if not bool(y[b].isfinite().all()) else "func gave"
-        message = f"{what} infinities or NaN at t = {at} in sample {b}"
+    source = not_finite(y[b], f[b])
+    finite = source is None and not bool(undefined[b])
+    if source is not None:
+        message = f"{source} infinities or NaN at t = {at} in sample {b}"
     else:
         message = (
             f"the step of sample {b} at t = {at} became h = {step}, too small to move the time: "

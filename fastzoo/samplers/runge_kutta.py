@@ -7,6 +7,7 @@ each takes its own. Time runs upwards inside: tau = ``sign`` t, and steps are ab
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,7 @@ class Layout:
         self._as_is = not self.is_tuple and first.dim() > 0
         rows = max((1, *self.lead))
         ends = np.cumsum([0, *(each.numel() // rows for each in tensors)]).tolist()
-        self.parts = list(zip(ends, ends[1:], strict=False))
+        self.parts = list(pairwise(ends))
 
     def pack(self, state: Any, name: str) -> Tensor:
         """A state, or its derivative, as the tensor."""
@@ -292,9 +293,7 @@ class DenseOutput:
             torch.from_numpy(array).to(device) for array in (self._table, self._powers)
         )
 
-    def __call__(
-        self, x: float | Tensor, y: Tensor, k: Sequence[Tensor], factor: Tensor
-    ) -> Tensor:
+    def __call__(self, x: float | Tensor, y: Tensor, k: Sequence[Tensor], factor: Tensor) -> Tensor:
         """``x`` a number, or float64 ``[B]`` on the device for as many rows."""
         count = len(self._sum.stages)
         if isinstance(x, Tensor):
@@ -329,7 +328,9 @@ class ErrorNorm:
 
     def __init__(self, layout: Layout, rtol: Any, atol: Any, norm: Any) -> None:
         self._layout = layout
-        tolerances = [_each(name, value, layout) for name, value in (("rtol", rtol), ("atol", atol))]
+        tolerances = [
+            _each(name, value, layout) for name, value in (("rtol", rtol), ("atol", atol))
+        ]
         self.least_rtol = min(float(torch.as_tensor(one).min()) for one in tolerances[0])
         count = len(layout.parts)
         if isinstance(norm, LeadingParts):
@@ -343,6 +344,10 @@ class ErrorNorm:
             self._by_part = [(j, by_part[j]) for j in self._parts]
         else:
             self._rtol, self._atol = (_by_element(both, layout) for both in tolerances)
+        # A mean of few means costs less than the views that make it one.
+        shape = layout.shapes[0]
+        single = self._by_part is not None and not (layout.is_tuple or layout.per_sample)
+        self._is_short = single and len(shape) > 0 and shape[0] <= 256
 
     def squares(
         self, y0: Tensor, y1: Tensor, k: Sequence[Tensor], weights: Tensor, factor: Tensor
@@ -352,6 +357,9 @@ class ErrorNorm:
         if self._by_part is None:
             return self._general(y0, y1, k, weights, factor)
         rows, error = self._layout.rows, self._kernels.error
+        if self._is_short:
+            rtol, atol = self._by_part[0][1]
+            return error([y0, y1, *k], weights, factor, rtol, atol).mean(0, True)
         found = [
             error([rows(each, part) for each in (y0, y1, *k)], weights, factor, rtol, atol)
             for part, (rtol, atol) in self._by_part
@@ -367,7 +375,9 @@ class ErrorNorm:
         ratio = self._layout.spread(factor) * error / allowed
         if self._norm is None:
             parts = [self._layout.rows(ratio, part) for part in self._parts]
-            return torch.stack([part.double().square().flatten(1).mean(1) for part in parts]).amax(0)
+            return torch.stack([part.double().square().flatten(1).mean(1) for part in parts]).amax(
+                0
+            )
         value = self._norm(self._layout.unpack(ratio.to(y0.dtype)))
         return torch.as_tensor(value, dtype=torch.float64, device=y0.device).square().reshape(1)
 
@@ -417,9 +427,15 @@ def first_step(
     bend = norm.squares(y, y, k, difference, one).sqrt() / guess
     # fmax: where the trial leaves the domain of f, the slope has to do.
     most = torch.fmax(slope, bend)
-    smooth = (guess * 1e-3).clamp(min=1e-6)
-    step = torch.where(most <= 1e-15, smooth, (0.01 / most) ** (1 / order))
+    step = torch.where(most <= 1e-15, 1e-6, (0.01 / most) ** (1 / order))
     return torch.minimum(100 * guess, step)
+
+
+def not_finite(y: Tensor, f: Tensor) -> str | None:
+    """Which of a state and its derivative has infinities or NaN."""
+    if not bool(y.isfinite().all()):
+        return "y has"
+    return None if bool(f.isfinite().all()) else "func gave"
 
 
 def underflow_cause(finite: bool, norm: ErrorNorm, dtype: torch.dtype) -> str:
