@@ -145,14 +145,14 @@ class Operator:
         return self.overloads[backend]
 
     def launcher(self, backend: str | None, device_type: str) -> Callable[..., Any]:
-        """The overload for a loop of many small calls, whose arguments are known to be right:
-        where nothing wants a derivative it passes by the Python of the Autograd key, which costs as
-        much as a small kernel."""
+        """The overload of :meth:`choose`; where nothing wants a derivative a call passes by the
+        Python of the Autograd key, which costs as much as a small kernel."""
         overload = self.choose(backend, device_type)
 
         def launch(*args: Any) -> Any:
             if (
-                _wants_gradient(args)
+                torch.compiler.is_compiling()
+                or _wants_gradient(args)
                 or _has_tangent(args)
                 or torch._C._are_functorch_transforms_active()
             ):

@@ -163,22 +163,22 @@ def ode_step(
     first = tensors[0]
     _check_tensors(tensors)
     device = first.device
-    none = first.new_empty(0)
     rows = _check_table(table, first)
+    none, nowhere = first.new_empty(0), torch.empty(0, dtype=torch.int64, device=device)
     if step is None:
-        step = _no_indices(device)
+        step = nowhere
     elif not isinstance(step, Tensor) or step.dtype != torch.int64 or step.shape != (1,):
         raise ValueError("step: expected an int64 tensor of one element")
     if stochastic and seeds is None:
         raise ValueError("seeds: expected with stochastic rounding")
-    out, *kept = _ODE_STEP.choose(backend, device.type)(
+    out, *kept = _ODE_STEP.launcher(backend, device.type)(
         *tensors,
         *(none,) * (TENSORS - len(tensors)),
         table,
         step,
         none if factor is None else _check_each("factor", factor, first, single=True),
         none if threshold is None else _check_each("threshold", threshold, first),
-        _no_indices(device) if seeds is None else counter_keys(seeds, first.shape[0], device),
+        nowhere if seeds is None else counter_keys(seeds, first.shape[0], device),
         _bits("scaled", scaled, len(tensors)),
         _bits("keep", keep, rows - 1),
         stochastic,
@@ -421,7 +421,3 @@ def _check_counter(keys: object, n: int, draw: int) -> None:
     check_count("n", n)
     if not 0 <= check_count("draw", draw) < 1 << 31:
         raise ValueError(f"draw: expected below 2^31, got {draw}")
-
-
-def _no_indices(device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=torch.int64, device=device)
