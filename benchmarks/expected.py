@@ -207,7 +207,7 @@ def _by_counter(like: Tensor, seeds: int | Tensor, draw: int) -> Tensor:
     return found.double().view(like.shape)
 
 
-def scheduler_step(*args: Tensor, scheduler: str, noise: str | None) -> Tensor:
+def scheduler_step(*args: Tensor, scheduler: str, noise: str | None) -> Any:
     """The formulas in float64."""
     step = samplers.SCHEDULERS[scheduler]
     tensors = dict(zip(step.inputs, (t.double() for t in args), strict=True))

@@ -60,6 +60,8 @@ class Step:
             history is what the tensors say; the options are those of ``step``.
         index: of the timed step's timestep.
         run: of ``set_timesteps``.
+        kept: rows that the next step needs, which are results too, and where a scheduler has them
+            after the step.
     """
 
     options: dict[str, Any]
@@ -71,6 +73,7 @@ class Step:
     run: Mapping[str, Any] = dataclasses.field(
         default_factory=lambda: {"num_inference_steps": STEPS}
     )
+    kept: Mapping[str, Callable[[Any], Tensor]] = dataclasses.field(default_factory=dict)
 
     @property
     def noisy(self) -> bool:
@@ -171,28 +174,41 @@ def _take(
     scheduler.step(formulas.noise_of(x, x0, alpha, sigma), scheduler.timesteps[index], x)
 
 
+def _latest_output(scheduler: Any) -> Tensor:
+    found: Tensor = scheduler.model_outputs[-1]
+    return found
+
+
 def _dpm_solver() -> Step:
     before, now, then = _latest(MIDDLE - 1, MIDDLE, MIDDLE + 1)
-    x0 = formulas.denoised("epsilon", _X, _MODEL, *now)
+    x0 = tensor("x0")
     at = [formulas.log_snr(*pair) for pair in (before, now, then)]
     ratio = (at[1] - at[0]) / (at[2] - at[1])
     first, _ = formulas.differences(x0, tensor("x0 before"), ratio)
-    rows = {"out": formulas.dpm_solver_pp(_X, x0, now, then, first)}
+    rows = {
+        "x0": formulas.denoised("epsilon", _X, _MODEL, *now),
+        "out": formulas.dpm_solver_pp(_X, x0, now, then, first),
+    }
 
     def begin(scheduler: Any, tensors: Mapping[str, Tensor]) -> None:
         scheduler.set_begin_index(MIDDLE - 1)
         _take(scheduler, MIDDLE - 1, tensors["x"], tensors["x0 before"], before)
 
-    return Step(_LATENTS, ("x", "model", "x0 before"), rows, begin=begin)
+    inputs = "x", "model", "x0 before"
+    return Step(_LATENTS, inputs, rows, begin=begin, kept={"x0": _latest_output})
 
 
 def _unipc() -> Step:
     earlier, before, now, then = _latest(*range(MIDDLE - 2, MIDDLE + 2))
-    x0 = formulas.denoised("epsilon", _X, _MODEL, *now)
+    x0 = tensor("x0")
     start, x0_before, x0_earlier = (tensor(name) for name in ("start", "x0 before", "x0 earlier"))
     history = [(x0_earlier, formulas.log_snr(*earlier))]
-    corrected = formulas.unipc(start, x0_before, before, now, history, x0)
-    out = formulas.unipc(corrected, x0, now, then, [(x0_before, formulas.log_snr(*before))])
+    latest = [(x0_before, formulas.log_snr(*before))]
+    rows = {
+        "x0": formulas.denoised("epsilon", _X, _MODEL, *now),
+        "corrected": formulas.unipc(start, x0_before, before, now, history, x0),
+        "out": formulas.unipc(tensor("corrected"), x0, now, then, latest),
+    }
 
     def begin(scheduler: Any, tensors: Mapping[str, Tensor]) -> None:
         scheduler.set_begin_index(MIDDLE - 2)
@@ -202,7 +218,8 @@ def _unipc() -> Step:
     # The step before is left uncorrected, so that it starts from the sample that is given.
     options = {**_LATENTS, "disable_corrector": [MIDDLE - 2]}
     inputs = "x", "model", "start", "x0 before", "x0 earlier"
-    return Step(options, inputs, {"out": out}, begin=begin)
+    kept = {"x0": _latest_output, "corrected": lambda scheduler: scheduler.last_sample}
+    return Step(options, inputs, rows, begin=begin, kept=kept)
 
 
 def _flow_match() -> Step:
@@ -228,7 +245,7 @@ SCHEDULERS: dict[str, Step] = {
 
 def scheduler_step(
     package: Any, *args: Tensor, scheduler: str, noise: str | None
-) -> Callable[[], Tensor]:
+) -> Callable[[], Any]:
     """The middle step of diffusers' scheduler, or of fastzoo's; each call starts from its state
     before that step."""
     step = SCHEDULERS[scheduler]
@@ -248,26 +265,26 @@ def scheduler_step(
     state = dict(vars(made))
     lists = {name: value for name, value in state.items() if isinstance(value, list)}
 
-    def call() -> Tensor:
+    def call() -> Any:
         vars(made).update(state)
         for name, value in lists.items():
             setattr(made, name, list(value))
         found: Tensor = made.step(model, timestep, x, **more).prev_sample
-        return found
+        return (found, *(of(made) for of in step.kept.values())) if step.kept else found
 
     return call
 
 
-def evaluated(step: Step, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The rows as sums of tensors, each with its one weight."""
+def evaluated(step: Step, tensors: Mapping[str, Tensor]) -> Any:
+    """The rows as sums of tensors, each with its one weight: the last, and those that are kept."""
     known = dict(tensors)
     for name, terms in step.weights:
         value = functools.reduce(torch.add, [weight * known[term] for term, weight in terms])
         known[name] = value if name == "out" else value.clamp(-step.bound, step.bound)
-    return known["out"]
+    return (known["out"], *(known[row] for row in step.kept)) if step.kept else known["out"]
 
 
-def _eager_scheduler_step(*args: Tensor, scheduler: str, noise: str | None) -> Tensor:
+def _eager_scheduler_step(*args: Tensor, scheduler: str, noise: str | None) -> Any:
     """The step by hand: what the papers' formulas come to, with its noise from a generator."""
     step = SCHEDULERS[scheduler]
     tensors = dict(zip(step.inputs, args, strict=True))
@@ -305,7 +322,7 @@ def _scheduler_case(scheduler: str, noise: str | None = None) -> BenchmarkCase:
         make=make,
         kwargs={"scheduler": scheduler, "noise": noise},
         flops=lambda x, *_, **__: 2.0 * tensors * x.numel(),
-        bytes=lambda x, *_, **__: 4.0 * (tensors + 1) * x.numel(),
+        bytes=lambda x, *_, **__: 4.0 * (tensors + 1 + len(step.kept)) * x.numel(),
         # Of weights in float32, schedules included, and a cancellation in x0.
         tolerance=lambda *_, **__: 1e-5,
     )
@@ -333,7 +350,8 @@ _EULER = (0.75, 0.25)
 def eager_ode_step(*tensors: Tensor, **_: Any) -> Tensor:
     """The specification's case as it is written, or Euler's step."""
     if len(tensors) > 2:
-        return ODE_STEP.eager(*tensors)
+        found: Tensor = ODE_STEP.eager(*tensors)
+        return found
     return _EULER[0] * tensors[0] + _EULER[1] * tensors[1]
 
 
@@ -419,12 +437,9 @@ CHURN = {"s_churn": 40.0, "s_noise": 1.003}
 
 
 def karras(steps: int) -> Tensor:
-    """Karras et al. 2022, eq. 5, from 80 to 0.5, in float32: k-diffusion takes its state to the
-    dtype of these. At 0 nothing is left of the steps but the model's last output, and whatever they
-    did would be right."""
-    ramp = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    high, low = 80 ** (1 / 7), 0.5 ** (1 / 7)
-    return ((high + ramp * (low - high)) ** 7).float()
+    """From 80 to 0.5, in float32: k-diffusion takes its state to the dtype of these. At 0 nothing
+    is left of the steps but the model's last output, and whatever they did would be right."""
+    return samplers.schedules.karras_sigmas(steps + 1, 0.5, 80.0, final=None).float()
 
 
 def empty_model(outputs: Tensor) -> Callable[..., Tensor]:
@@ -615,7 +630,8 @@ def _eager_denoising_step(x: Tensor) -> Tensor:
     unet = small_unet(x.shape[1], x.shape[2], x.device, x.dtype)
     with torch.no_grad():
         model = unet(x, 451).sample
-    return evaluated(SCHEDULERS["DDIM"], {"x": x, "model": model})
+    found: Tensor = evaluated(SCHEDULERS["DDIM"], {"x": x, "model": model})
+    return found
 
 
 DENOISING_STEP = Workload(
