@@ -22,7 +22,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fastzoo import samplers
-from fastzoo.samplers.ode import odeint
 from fastzoo.samplers.schedules import karras_sigmas
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -32,13 +31,21 @@ ODE = {
     "euler": "Euler, DDIM",
     "heun": "Heun",
     "dpm_2": "DPM2",
+    "midpoint": "midpoint",
+    "rk4": "RK4",
     "lms": "LMS",
+    "plms": "PLMS",
+    "dpmpp_2s": "DPM++ 2S",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_3m": "DPM++ 3M",
     "unipc": "UniPC",
 }
 SDE = {
+    "ddpm": "DDPM",
     "euler_ancestral": "Euler ancestral",
+    "dpm_2_ancestral": "DPM2 ancestral",
+    "dpmpp_2s_ancestral": "DPM++ 2S ancestral",
+    "dpmpp_sde": "DPM++ SDE",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_3m_sde": "DPM++ 3M SDE",
 }
@@ -78,7 +85,7 @@ class Problem:
         first, last = math.log(self.sigmas(1)[0].item()), math.log(1e-4)
         times = torch.tensor([first, last], dtype=torch.float64)
         y0 = self.start().double()
-        found: Tensor = odeint(slope, y0, times, rtol=1e-7, atol=1e-7)[-1]
+        found: Tensor = samplers.odeint(slope, y0, times, rtol=1e-7, atol=1e-7)[-1]
         return self.model(found, found.new_full((len(found),), 1e-4))
 
 
