@@ -193,7 +193,7 @@ def _grid(
     figure, panels = pyplot.subplots(
         len(methods), columns, figsize=(width * columns, height * len(methods)), squeeze=False
     )
-    figure.subplots_adjust(0.15, 0.005, 0.995, 0.965, 0.04, 0.04)
+    figure.subplots_adjust(1.6 / (width * columns), 0.005, 0.995, 0.965, 0.04, 0.04)
     for line, title in zip(panels, methods.values(), strict=True):
         line[0].set_ylabel(title, fontsize=8, rotation=0, ha="right", va="center")
     heads = [f"{steps} steps" for steps in STEPS] + ["the ODE's solution"]

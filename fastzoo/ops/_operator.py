@@ -10,7 +10,7 @@ import functools
 import importlib
 import operator
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -145,15 +145,16 @@ class Operator:
         return self.overloads[backend]
 
     def launcher(self, backend: str | None, device_type: str) -> Callable[..., Any]:
-        """The overload of :meth:`choose`; where nothing wants a derivative a call passes by the
-        Python of the Autograd key, which costs as much as a small kernel."""
+        """The overload of :meth:`choose`, called with the arguments that may want a derivative and
+        then with all: where none does it passes by the Python of the Autograd key, which costs as
+        much as a small kernel."""
         overload = self.choose(backend, device_type)
 
-        def launch(*args: Any) -> Any:
+        def launch(candidates: Sequence[Tensor], *args: Any) -> Any:
             if (
                 torch.compiler.is_compiling()
-                or _wants_gradient(args)
-                or _has_tangent(args)
+                or _wants_gradient(candidates)
+                or _has_tangent(candidates)
                 or torch._C._are_functorch_transforms_active()
             ):
                 return overload(*args)
@@ -305,7 +306,7 @@ def _function(
     return apply
 
 
-def _wants_gradient(args: tuple[Any, ...]) -> bool:
+def _wants_gradient(args: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
@@ -314,7 +315,7 @@ def _in_nested_transforms() -> bool:
     return (torch._C._functorch.maybe_current_level() or 0) > 1
 
 
-def _has_tangent(args: tuple[Any, ...]) -> bool:
+def _has_tangent(args: Sequence[Any]) -> bool:
     return forward_ad._current_level >= 0 and any(
         isinstance(a, Tensor) and torch._VF._unpack_dual(a, level=0)[1] is not None for a in args
     )

@@ -172,6 +172,7 @@ def ode_step(
     if stochastic and seeds is None:
         raise ValueError("seeds: expected with stochastic rounding")
     out, *kept = _ODE_STEP.launcher(backend, device.type)(
+        tensors if factor is None else [*tensors, factor],
         *tensors,
         *(none,) * (TENSORS - len(tensors)),
         table,

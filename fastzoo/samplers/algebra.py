@@ -180,11 +180,14 @@ class Tables:
         """A table ``[1, Q, R, 13]`` for each program."""
         if device not in self._on:
             flat = numpy.concatenate([p.table.ravel() for p in self.programs] or [numpy.zeros(0)])
-            moved = torch.from_numpy(flat).to(device)
-            parts = moved.split([p.table.size for p in self.programs])
-            self._on[device] = tuple(
-                part.view(1, *p.table.shape) for part, p in zip(parts, self.programs, strict=True)
-            )
+            # They outlive the inference mode that they may be wanted in.
+            with torch.inference_mode(False):
+                moved = torch.from_numpy(flat).to(device)
+                parts = moved.split([p.table.size for p in self.programs])
+                self._on[device] = tuple(
+                    part.view(1, *p.table.shape)
+                    for part, p in zip(parts, self.programs, strict=True)
+                )
         return self._on[device]
 
 

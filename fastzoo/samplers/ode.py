@@ -269,9 +269,14 @@ class _Adaptive:
             self._call_back(2, h)
         self.h = self.rounded(h * self._growth(ratio))
 
-    def _stage_times(self, t: float, end: float, h: float) -> list[Tensor]:
-        time = self.rhs.time
-        return [time(t + node * h) for node in self.nodes] + [time(end, -1)] * self.at_end
+    def _stage_times(self, t: float, end: float, h: float) -> Sequence[Tensor]:
+        rhs = self.rhs
+        taus = [t + node * h for node in self.nodes] + [rhs.nudged(end, -1)] * self.at_end
+        if rhs.layout.device.type == "cpu":
+            moments = torch.tensor([rhs.sign * tau for tau in taus], dtype=rhs.time_dtype)
+            return moments.unbind()
+        # Elsewhere that would be a copy that is waited for.
+        return [rhs.time(tau) for tau in taus]
 
     def _growth(self, ratio: float) -> float:
         """By what the next step is longer."""

@@ -4,6 +4,7 @@ A state lies in rows ``[R, n]``: one row where all of it takes the same steps, o
 each takes its own. Time runs upwards inside: tau = ``sign`` t, and steps are above 0.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -211,6 +212,7 @@ class Kernels:
 
     def sum(self, tensors: list[Tensor], table: Tensor, factor: Tensor, scaled: int) -> Tensor:
         out: Tensor = self._sum(
+            tensors,
             *tensors,
             *self._absent[8 - len(tensors)],
             table,
@@ -227,8 +229,18 @@ class Kernels:
         self, tensors: list[Tensor], weights: Tensor, factor: Tensor, rtol: float, atol: float
     ) -> Tensor:
         absent = self._absent[8 - len(tensors)]
-        found: Tensor = self._error(*tensors, *absent, weights, factor, rtol, atol)
+        found: Tensor = self._error(tensors, *tensors, *absent, weights, factor, rtol, atol)
         return found
+
+
+@functools.lru_cache(maxsize=256)
+def _sum_of(weights: tuple[float, ...]) -> Program:
+    """``y + h sum_j w_j k_j``; a method's are the same in every integration."""
+    names = {f"k{j}": weight for j, weight in enumerate(weights) if weight != 0}
+    total = tensor("y")
+    for name, weight in names.items():
+        total = total + weight * tensor(name)
+    return Program({"end": total}, like="y", scaled=names)
 
 
 class _Sum:
@@ -236,11 +248,7 @@ class _Sum:
 
     def __init__(self, weights: Sequence[float], kernels: Kernels) -> None:
         self.stages = [j for j, weight in enumerate(weights) if weight != 0]
-        names = [f"k{j}" for j in self.stages]
-        total = tensor("y")
-        for j, name in zip(self.stages, names, strict=True):
-            total = total + weights[j] * tensor(name)
-        self.program = Program({"end": total}, like="y", scaled=names)
+        self.program = _sum_of(tuple(weights))
         self._scaled = sum(1 << position for position in self.program.scaled)
         self._kernels = kernels
 

@@ -266,6 +266,16 @@ def test_rounding_by_chance_keeps_the_mean_of_a_low_precision_run() -> None:
         samplers.sample(denoiser, low, sigmas, "euler", stochastic_rounding=True)
 
 
+def test_a_sampler_made_in_inference_mode_has_gradients_afterwards() -> None:
+    sampler, x = samplers.Sampler(SIGMAS, "dpmpp_2m"), latents()
+    with torch.inference_mode():
+        first = sampler(denoiser, x)
+    x.requires_grad_()
+    found = sampler(denoiser, x, differentiable=True)
+    assert torch.equal(first, found)
+    assert torch.autograd.grad(found.sum(), x)[0].abs().sum() > 0
+
+
 def test_gradients_go_through_a_run_when_asked() -> None:
     x = latents().double().requires_grad_()
     assert not samplers.sample(denoiser, x, SIGMAS, "heun").requires_grad
