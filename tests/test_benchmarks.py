@@ -812,8 +812,12 @@ def _is_fast(row: Row) -> bool:
     return row.problem.case.kwargs.get("precision") == "fast"
 
 
-def _answers(names: set[str], op: str) -> None:
-    for case in dict.fromkeys(row.problem.case.name for row in select(op, device="cpu")):
+def _cases(op: str) -> list[str]:
+    return list(dict.fromkeys(row.problem.case.name for row in select(op, device="cpu")))
+
+
+def _answers(names: set[str], op: str, cases: list[str]) -> None:
+    for case in cases:
         for row in select(op, device="cpu", case=case, shape=SMALL[op], peers=names):
             record = measure_row(row, budget=0.001)
             if (op, case, row.implementation.name) in COARSE:
@@ -830,13 +834,21 @@ def test_every_operator_that_is_measured_has_a_small_case() -> None:
 
 @pytest.mark.parametrize("op", SMALL)
 def test_every_peer_answers_or_says_why(op: str) -> None:
-    _answers({peer.name for peer in PEERS} - COMPILED - BY_TORCH, op)
+    """In two cases; the slow set has those between them."""
+    cases = _cases(op)
+    _answers({peer.name for peer in PEERS} - COMPILED - BY_TORCH, op, [*{cases[0], cases[-1]}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [op for op in SMALL if len(_cases(op)) > 2])
+def test_every_peer_answers_in_every_case(op: str) -> None:
+    _answers({peer.name for peer in PEERS} - COMPILED - BY_TORCH, op, _cases(op)[1:-1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", SMALL)
 def test_every_compiled_peer_answers_or_says_why(op: str) -> None:
-    _answers(COMPILED, op)
+    _answers(COMPILED, op, _cases(op))
 
 
 def test_failures_become_reasons_and_errors() -> None:
