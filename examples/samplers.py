@@ -227,7 +227,7 @@ def draw_points(rows: list[Row], exact: Tensor, output: Path) -> None:
 def draw_digits(rows: list[Row], exact: Tensor, output: Path) -> None:
     """The six noises that Euler's five steps take farthest from the solution."""
     figure, panels = _grid(2.0, 0.42, len(STEPS) + 1)
-    figure.subplots_adjust(0.12, 0.0, 0.995, 0.94)
+    figure.subplots_adjust(0.14, 0.0, 0.995, 0.94)
     by_method = {(row.method, row.steps): row.samples for row in rows}
     chosen = (by_method["euler", STEPS[0]] - exact).norm(dim=1).topk(6).indices
     for line, method in zip(panels, (*ODE, *SDE), strict=True):
