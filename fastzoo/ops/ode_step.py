@@ -9,7 +9,14 @@ from torch import Tensor
 from fastzoo import reference
 from fastzoo.ops._checks import check_count, check_floating, check_same, check_tensor
 from fastzoo.ops._operator import Operator
-from fastzoo.reference.ode_step import ROWS, TENSORS, WIDTH, given
+from fastzoo.reference.ode_step import BOUND as BOUND
+from fastzoo.reference.ode_step import DRAW as DRAW
+from fastzoo.reference.ode_step import EARLIER as EARLIER
+from fastzoo.reference.ode_step import NOISE as NOISE
+from fastzoo.reference.ode_step import ROWS as ROWS
+from fastzoo.reference.ode_step import TENSORS as TENSORS
+from fastzoo.reference.ode_step import WIDTH as WIDTH
+from fastzoo.reference.ode_step import given
 from fastzoo.reference.precision import compute_dtype
 
 Seeds: TypeAlias = int | Sequence[int] | Tensor

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from fastzoo import ops
+from fastzoo.ops.ode_step import BOUND, DRAW, EARLIER, NOISE, ROWS, TENSORS, WIDTH
 
 # One number for all samples, or a float64 array [B] with one for each.
 Coefficient: TypeAlias = Any
 # A tensor by its name, or a draw of noise by its number.
 Term: TypeAlias = str | int
-
-_TENSORS, _ROWS = 8, 3
-_EARLIER, _NOISE, _DRAW, _BOUND, _WIDTH = 8, 10, 11, 12, 13
 
 
 class Combination:
@@ -119,29 +117,29 @@ class Program:
                 for name in row.terms
                 if isinstance(name, str) and name not in inputs and name not in names
             ]
-        if len(inputs) > _TENSORS:
-            raise ValueError(f"a step reads at most {_TENSORS} tensors, got {inputs}")
-        if not 1 <= len(names) <= _ROWS:
-            raise ValueError(f"a step has 1 to {_ROWS} rows, got {names}")
+        if len(inputs) > TENSORS:
+            raise ValueError(f"a step reads at most {TENSORS} tensors, got {inputs}")
+        if not 1 <= len(names) <= ROWS:
+            raise ValueError(f"a step has 1 to {ROWS} rows, got {names}")
         noises = [name for name, row in rows.items() for term in row.terms if isinstance(term, int)]
         if noises not in ([], names[-1:]):
             raise ValueError(f"a step has one noise, in its last row, got it in {noises}")
         slots: dict[Term, int] = {name: slot for slot, name in enumerate(inputs)}
         sizes = {numpy.size(value) for row in rows.values() for value in row.terms.values()} | {1}
-        table = numpy.zeros((max(sizes), len(names), _WIDTH))
-        table[:, :, _BOUND] = numpy.inf
-        table[:, -1, _DRAW] = draw
+        table = numpy.zeros((max(sizes), len(names), WIDTH))
+        table[:, :, BOUND] = numpy.inf
+        table[:, -1, DRAW] = draw
         for r, (name, row) in enumerate(rows.items()):
             for term, value in row.terms.items():
                 if not numpy.isfinite(value).all():
                     raise ValueError(f"{name}: the coefficient of {term} is {value}")
                 if isinstance(term, int):
-                    table[:, r, _NOISE], table[:, r, _DRAW] = value, term
+                    table[:, r, NOISE], table[:, r, DRAW] = value, term
                 else:
                     table[:, r, slots[term]] = value
             if bounds and name in bounds:
-                table[:, r, _BOUND] = bounds[name]
-            slots[name] = _EARLIER + r
+                table[:, r, BOUND] = bounds[name]
+            slots[name] = EARLIER + r
         self.names = tuple(names)
         self.inputs = tuple(inputs)
         self.keep_only(tuple(keep))

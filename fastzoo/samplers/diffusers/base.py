@@ -33,10 +33,9 @@ import torch
 from torch import Tensor
 
 from fastzoo import ops
+from fastzoo.ops.ode_step import DRAW
 from fastzoo.samplers import formulas
 from fastzoo.samplers.algebra import Combination, Program, Tables, noise, tensor
-
-_DRAW = 11
 
 PREDICTIONS = {
     "epsilon": "epsilon",
@@ -457,7 +456,7 @@ class Scheduler:
                     made.table = numpy.repeat(made.table, len(steps), 0)
             if program.noisy:
                 # rows() could not know which of the steps draws.
-                program.table[:, -1, _DRAW] = steps + 1
+                program.table[:, -1, DRAW] = steps + 1
             places |= {int(step): (len(programs), row) for row, step in enumerate(steps)}
             programs.append((program, peek))
         ordered = [places[step] for step in range(index, len(self._grid))]
