@@ -24,8 +24,8 @@ from fastzoo.samplers.runge_kutta import (
     RightHandSide,
     Stages,
     StepSizeUnderflow,
+    embedded_error,
     first_step,
-    norm_weights,
     not_finite,
     underflow_cause,
 )
@@ -167,8 +167,7 @@ class _Adaptive:
         self.at_end = len(tableau.nodes) - len(self.nodes)
         self.stages = Stages(tableau, device)
         self.dense = DenseOutput(tableau, device)
-        self.used = [j for j, weight in enumerate(tableau.error) if weight != 0]
-        self.error_weights = norm_weights([tableau.error[j] for j in self.used], device)
+        self.used, self.error_weights = embedded_error(tableau, device)
         narrow = options.dtype == torch.float32 and rhs.time_dtype == torch.float32
         self.rounded = _to_float32 if narrow else float
         self.times = [self.rounded(time) for time in times]

@@ -19,8 +19,8 @@ from fastzoo.samplers.runge_kutta import (
     RightHandSide,
     Stages,
     StepSizeUnderflow,
+    embedded_error,
     first_step,
-    norm_weights,
     not_finite,
     underflow_cause,
 )
@@ -41,8 +41,7 @@ def integrate_per_sample(
     device, count, spread = y.device, len(times), rhs.layout.spread
     stages = Stages(tableau, device)
     dense = DenseOutput(tableau, device)
-    used = [j for j, weight in enumerate(tableau.error) if weight != 0]
-    weights = norm_weights([tableau.error[j] for j in used], device)
+    used, weights = embedded_error(tableau, device)
     targets = torch.tensor(times, dtype=torch.float64, device=device)
     tau = targets[0].repeat(len(y))
     f = rhs(rhs.times(tau), y)

@@ -419,6 +419,12 @@ def norm_weights(values: Sequence[float], device: torch.device) -> Tensor:
     )
 
 
+def embedded_error(tableau: Tableau, device: torch.device) -> tuple[list[int], Tensor]:
+    """Which k a pair's error is of, and their weights as ops.step_error takes them."""
+    used = [j for j, weight in enumerate(tableau.error) if weight != 0]
+    return used, norm_weights([tableau.error[j] for j in used], device)
+
+
 @torch.no_grad()
 def first_step(
     rhs: RightHandSide, norm: ErrorNorm, y: Tensor, f: Tensor, tau: Tensor, order: int
